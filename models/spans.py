@@ -1,0 +1,80 @@
+"""From transformers' ways to say where tokens stand (mask, position ids, cumulative lengths) to a Span."""
+
+import torch
+from torch import Tensor
+
+from seqzoo.layers.span import Span
+
+
+def span_of(
+    B: int,
+    T: int,
+    *,
+    seen: int,
+    device: torch.device,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    longest: int | None,
+) -> Span:
+    """The span of T new tokens in B sequences that have `seen` tokens each behind them. Arguments: `SeqZooForCausalLM`.
+
+    Raises:
+        ValueError: shapes that do not fit, padding elsewhere than on the left, a sequence longer than `longest`.
+    """
+    valid = None if attention_mask is None else _valid(attention_mask, B, T, seen)
+    if cu_seqlens is not None:
+        span = _packed(cu_seqlens, B, T, seen, device)
+    elif position_ids is not None:
+        span = _from_positions(position_ids, B, T, seen, valid)
+    elif valid is not None:
+        positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        span = Span(positions[:, -T:])
+    else:
+        span = Span(torch.arange(seen, seen + T, device=device).expand(B, T))
+    if longest is not None and seen + T > longest:  # only then is it worth a look at the positions themselves
+        furthest = int(span.positions.max()) + 1
+        if furthest > longest:
+            raise ValueError(f"sequence of {furthest} tokens: max_position_embeddings is {longest}")
+    return span if valid is None else span._replace(valid=valid)
+
+
+def _valid(mask: Tensor, B: int, T: int, seen: int) -> Tensor | None:
+    """[B, T] bool, None where nothing of what the mask covers is padding."""
+    if mask.ndim != 2 or mask.shape[0] != B or mask.shape[1] not in (T, seen + T):
+        raise ValueError(f"attention_mask: expected [{B}, {seen + T}], got {list(mask.shape)}")
+    if mask.device.type == "cpu":
+        if (mask[:, 1:] < mask[:, :-1]).any():
+            raise ValueError("attention_mask: padding must stand on the left (padding_side='left')")
+        if mask[:, -T:].all():
+            return None
+    return mask[:, -T:].bool()
+
+
+def _packed(cu_seqlens: Tensor, B: int, T: int, seen: int, device: torch.device) -> Span:
+    if B != 1 or seen:
+        raise ValueError(f"cu_seq_lens_q: expected one row without a past, got {B} rows with {seen} tokens behind them")
+    first = cu_seqlens[:-1].to(device).long()
+    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != T or bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(f"cu_seq_lens_q: expected to rise from 0 to {T}, got {cu_seqlens.tolist()}")
+    first = first[cu_seqlens.diff().to(device) > 0]
+    starts = torch.zeros(1, T, dtype=torch.bool, device=device)
+    starts[:, first] = True
+    place = torch.arange(T, device=device)
+    return Span((place - first[starts[0].cumsum(0) - 1])[None], starts=starts)
+
+
+def _from_positions(positions: Tensor, B: int, T: int, seen: int, valid: Tensor | None) -> Span:
+    """A document starts where the positions do not go on by one; a first token goes on from the past unless it is 0."""
+    if positions.ndim != 2 or positions.shape[0] not in (1, B) or positions.shape[1] != T:
+        raise ValueError(f"position_ids: expected [{B}, {T}], got {list(positions.shape)}")
+    positions = positions.expand(B, T)
+    if T == 1 and seen:
+        return Span(positions)
+    starts = torch.zeros(B, T, dtype=torch.bool, device=positions.device)
+    starts[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    if seen:
+        starts[:, 0] = positions[:, 0] == 0
+    if valid is not None:  # padding has positions too, which mean nothing
+        starts &= valid
+    return Span(positions, starts=starts if bool(starts.any()) else None)
