@@ -1,0 +1,1 @@
+from seqzoo.kernels.native.build import BuildError, available, library, usable
