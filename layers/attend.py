@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqzoo.layers.precision import wide
+
 BLOCK = 256  # [queries] at a time where a mask is needed
 
 
@@ -40,7 +42,8 @@ def attend_past(
     """
     T, S = q.shape[2], k.shape[2]
     if T == 1:
-        return _one_query(q, k, v, key_document == query_document)
+        low = 0 if window is None else max(0, S - window)
+        return _one_query(q, k[:, :, low:], v[:, :, low:], key_document[:, low:] == query_document)
     out = []
     for a in range(0, T, BLOCK):
         b = min(a + BLOCK, T)
@@ -84,5 +87,5 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     """q [B, H, 1, K], seen [B, S]. Grouped query heads are the rows of one product, so no key is repeated."""
     G = k.shape[1]
     scores = q.unflatten(1, (G, -1))[:, :, :, 0] @ k.mT * q.shape[-1] ** -0.5  # [B, G, H/G, S]
-    weights = scores.float().masked_fill(~seen[:, None, None], -torch.inf).softmax(-1).to(v.dtype)
+    weights = wide(scores).masked_fill(~seen[:, None, None], -torch.inf).softmax(-1).to(v.dtype)
     return (weights @ v).flatten(1, 2)[:, :, None]
