@@ -1,0 +1,27 @@
+# make train: from nothing to a trained checkpoint. make test: from nothing to a checked tree.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: train test lint wheel clean
+
+train: $(VENV)/.installed
+	$(BIN)/seqzoo-train $(ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/pytest -q $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+wheel: $(VENV)/.installed
+	$(BIN)/pytest -q -m wheel tests/test_wheel.py
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info runs
