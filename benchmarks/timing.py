@@ -28,7 +28,7 @@ class Timing(NamedTuple):
 
 
 class QuietGate:
-    """Waits until a product of n x n fp32 matrices takes at most `slack` times the best it took when the gate was made."""
+    """Waits until an n x n fp32 product takes at most `slack` times the best it took when the gate was made."""
 
     def __init__(self, n: int = 1024, slack: float = 1.3) -> None:
         self.probe = torch.randn(n, n)
