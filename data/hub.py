@@ -30,10 +30,7 @@ class HubDocuments:
             stream.load_state_dict(position)
         for example in stream:
             if self.column not in example:
-                names = ", ".join(example)
-                raise ValueError(
-                    f"data.column: expected a column of {self.facts['path']} ({names}), got {self.column!r}"
-                )
+                raise ValueError(f"data.column: expected one of {', '.join(example)}, got {self.column!r}")
             if not isinstance(example[self.column], str):
                 kind = type(example[self.column]).__name__
                 raise ValueError(f"{self.facts['path']}: expected text in column {self.column!r}, got {kind}")

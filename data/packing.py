@@ -160,9 +160,7 @@ class ValidationRows:
             if size >= limit:
                 break
         if not texts:
-            raise ValueError(
-                "validation data: expected documents, got none; hold out more (data.validation_share, ...)"
-            )
+            raise ValueError("validation data: expected documents, got none; hold out more, or name files for it")
         self.text = b"".join(texts)
         parts.append(_filling(-sum(part.inputs.shape[0] for part in parts) % length, tokenizer))
         self.places = Places(*(torch.cat(x).int() for x in zip(*parts, strict=True)))

@@ -1,0 +1,183 @@
+"""Checkpoint folders that are whole or not there.
+
+    step-00000123/
+        config.json, model.safetensors, tokenizer...    what `from_pretrained` opens
+        training.safetensors, training.json             what a run needs to go on
+        manifest.json                                   size and sha256 of each file above
+
+A folder is written under another name, brought to the disk, and renamed. What a crash leaves is either the old state or
+the new one.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+MANIFEST, TENSORS, FACTS = "manifest.json", "training.safetensors", "training.json"
+PARTIAL = ".partial"
+log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Args:
+        folder: holds them; made when the first is saved.
+        keep: how many of the newest to keep.
+
+    Raises:
+        ValueError: keep below 1.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        if keep < 1:
+            raise ValueError(f"trainer.keep: expected at least 1 checkpoint, got {keep}")
+        self.folder, self.keep = folder, keep
+
+    def save(self, step: int, write_model: Callable[[str], None], tensors: dict[str, Tensor], facts: dict) -> Path:
+        """Write the checkpoint of a step, then remove those beyond `keep`.
+
+        Args:
+            step: its name.
+            write_model: writes into a folder what `from_pretrained` opens.
+            tensors, facts: what the run needs to go on; facts are plain JSON.
+
+        Raises:
+            OSError: the disk is full or fails; the checkpoints that were there are untouched.
+        """
+        final = self.folder / f"step-{step:08d}"
+        partial = final.with_name(final.name + PARTIAL)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left_over in self.folder.glob(f"*{PARTIAL}"):
+                shutil.rmtree(left_over)
+            partial.mkdir()
+            _write(partial, write_model, tensors, facts)
+            if final.exists():  # a damaged one, or it would have been resumed
+                os.replace(final, self.folder / f"damaged{PARTIAL}")
+            os.replace(partial, final)
+            _to_disk(self.folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        self._remove_old(final)
+        return final
+
+    def all(self) -> list[Path]:
+        """Oldest first, whole or not."""
+        return sorted(path for path in self.folder.glob("step-*") if path.suffix != PARTIAL)
+
+    def newest(self) -> Path | None:
+        """The newest that is whole; those passed over are named in the log. None where there is none.
+
+        Raises:
+            ValueError: there are checkpoints, and all are damaged.
+        """
+        found = self.all()
+        for path in reversed(found):
+            damage = damage_of(path)
+            if damage is None:
+                return path
+            log.warning("%s is damaged (%s): looking for the one before", path, damage)
+        if found:
+            raise ValueError(f"{self.folder}: expected a whole checkpoint, got only damaged ones")
+        return None
+
+    def _remove_old(self, newest: Path) -> None:
+        older = [path for path in self.all() if path < newest]
+        for path in older[: len(older) - (self.keep - 1)]:
+            try:
+                shutil.rmtree(os.path.join(path.rename(path.with_name(path.name + PARTIAL))))
+            except OSError as error:
+                log.warning("%s cannot be removed: %s", path, error)
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, by its manifest; None where nothing is."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, expected in manifest.items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != expected["bytes"]:
+                return f"{name}: expected {expected['bytes']} bytes, got {file.stat().st_size}"
+            if _sha256(file) != expected["sha256"]:
+                return f"{name}: its content has changed"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return f"{MANIFEST} is unreadable: {error}"
+    return None
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and facts of a checkpoint. Raises ValueError where it is damaged or is none."""
+    from safetensors.torch import load_file
+
+    damage = damage_of(path)
+    if damage is not None:
+        raise ValueError(f"{path}: expected a checkpoint to resume, but {damage}")
+    return load_file(path / TENSORS), json.loads((path / FACTS).read_text())
+
+
+def require_same(then: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    """Raises ValueError where two nested dicts of facts differ, naming each key that does."""
+    old, new = _flat(then), _flat(now)
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key, _NONE) != new.get(key, _NONE))
+    if changed:
+        facts = "; ".join(f"{key}: expected {old.get(key, _NONE)}, got {new.get(key, _NONE)}" for key in changed)
+        raise ValueError(f"{path} was made with another model or tokenizer: {facts}")
+
+
+def _write(folder: Path, write_model: Callable[[str], None], tensors: dict[str, Tensor], facts: dict) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        write_model(str(folder))
+        save_file(tensors, folder / TENSORS)
+    except SafetensorError as error:  # an input or output error in other clothes
+        raise OSError(str(error)) from error
+    (folder / FACTS).write_text(json.dumps(facts))
+    manifest = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        _to_disk(file)
+        name = file.relative_to(folder).as_posix()
+        manifest[name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    _to_disk(folder / MANIFEST)
+    _to_disk(folder)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in facts.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+_NONE = "nothing"
