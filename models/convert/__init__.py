@@ -1,0 +1,72 @@
+"""Checkpoint folders of other architectures into ours, and back.
+
+An architecture is a file here: its name is the `model_type` of a config.json. It has
+    to_ours(config.json) -> SeqZooConfig        to_theirs(SeqZooConfig) -> config.json
+    rows(SeqZooConfig, their names) -> rows     KEPT, a regex of their tensors that ours has no room for
+"""
+
+import pkgutil
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from seqzoo.models.checkpoints import read_json
+
+if TYPE_CHECKING:
+    from seqzoo.models.convert.report import Report
+
+_HOUSE = {"cli", "folders", "origin", "report", "rules"}  # the files here that are no architecture
+
+
+def architectures() -> list[str]:
+    """All that can be converted from and to."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _HOUSE)
+
+
+def architecture(name: Any) -> ModuleType:
+    """The module of one. Raises ValueError: no such one."""
+    if name not in architectures():
+        raise ValueError(f"architecture: expected one of {architectures()}, got {name!r}")
+    return import_module(f"{__name__}.{name}")
+
+
+def convert(
+    src: str | Path, dst: str | Path, *, to: str | None = None, max_shard_size: int = 5 * 10**9, dry_run: bool = False
+) -> "Report":
+    """A checkpoint folder of another architecture into one of ours, or back; SRC's config says which.
+
+    Tensor after tensor, memory-mapped; DST appears when it is complete. What ours has no room for is kept in DST, so
+    that the way back gives every tensor of SRC as it was: name, shape, dtype, bytes and file.
+
+    Args:
+        src: a folder with config.json and safetensors.
+        dst: the folder to make; it may exist if it is empty.
+        to: the architecture to write; None is ours, or for one of ours what it came from or the only one that fits.
+        max_shard_size: [bytes] of one file, where no origin says how the files were.
+        dry_run: only look at the headers, write nothing.
+
+    Returns:
+        The report: every tensor's fate. `str()` of it is a table.
+
+    Raises:
+        ValueError: an unknown architecture or feature, a folder that is damaged, tensors that do not fit the config,
+            a DST that is not empty, no space left.
+    """
+    from seqzoo.models.convert import folders  # it needs transformers, which a list of architectures does not
+
+    src, dst = Path(src), Path(dst)
+    folders.check_target(src, dst)
+    kind, known = read_json(src / "config.json").get("model_type"), architectures()
+    if kind not in (*known, "seqzoo"):
+        raise ValueError(f"{src / 'config.json'}: model_type: expected one of {known} or 'seqzoo', got {kind!r}")
+    choices = known if kind == "seqzoo" else ["seqzoo"]
+    if to not in (None, *choices):
+        raise ValueError(f"to: expected one of {choices} for a folder of {kind!r}, got {to!r}")
+    if kind == "seqzoo":
+        plan = folders.from_ours(src, to, max_shard_size)
+    else:
+        plan = folders.to_ours(src, kind, max_shard_size)
+    if not dry_run:
+        folders.write(plan, dst)
+    return plan.report

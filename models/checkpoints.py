@@ -1,0 +1,215 @@
+"""Folders of safetensors: what is in one, from its headers alone, and how one is written without holding it in memory.
+
+A folder holds config.json and either model.safetensors or several shards with model.safetensors.index.json.
+"""
+
+import json
+import re
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class Head(NamedTuple):
+    """What a file's header says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str  # in safetensors' words, as BF16
+    file: str
+
+    @property
+    def bytes(self) -> int:
+        size = DTYPES[self.dtype].itemsize
+        for n in self.shape:
+            size *= n
+        return size
+
+
+class Folder:
+    """A checkpoint folder that is only looked at: `heads` by name, `read(name)` for one tensor, memory-mapped.
+
+    `files`: only these; None is those that are the checkpoint.
+
+    Raises:
+        ValueError: no such folder, no safetensors in it, a shard that is missing, truncated or no safetensors, or an
+            index that says other than the shards.
+    """
+
+    def __init__(self, path: str | Path, files: list[str] | None = None) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise ValueError(f"{self.path}: no such folder")
+        self.index = self._read_index() if files is None else None
+        if files is None:
+            files = [SINGLE] if self.index is None else sorted(set(self.index["weight_map"].values()))
+        self._open = {file: self._open_file(file) for file in files}
+        self.metadata = {file: opened.metadata() or {} for file, opened in self._open.items()}
+        self.heads: dict[str, Head] = {}
+        for file, opened in self._open.items():
+            for name in opened.keys():  # noqa: SIM118 - it is no dict
+                self._add(name, file, opened)
+        if self.index is not None:
+            self._check_index()
+
+    def read(self, name: str) -> Tensor:
+        return self._open[self.heads[name].file].get_tensor(name)
+
+    @property
+    def files(self) -> list[str]:
+        return list(self._open)
+
+    def _read_index(self) -> dict[str, Any] | None:
+        single, index = self.path / SINGLE, self.path / INDEX
+        if single.is_file() and index.is_file():
+            raise ValueError(f"{self.path}: expected one of {SINGLE} and {INDEX}, got both")
+        if single.is_file():
+            return None
+        if not index.is_file():
+            pickles = sorted(p.name for p in self.path.iterdir() if p.suffix in PICKLES)
+            if pickles:
+                raise ValueError(f"{self.path}: expected safetensors, got pickle files, which are not read: {pickles}")
+            raise ValueError(f"{self.path}: expected {SINGLE} or {INDEX}, got neither")
+        content = read_json(index)
+        places = content.get("weight_map")
+        if not isinstance(places, dict) or not places or not all(isinstance(x, str) for x in places.values()):
+            raise ValueError(f"{index}: expected weight_map to be names to file names, got {str(places)[:80]}")
+        for file in sorted(set(places.values())):
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise ValueError(f"{index}: expected names of .safetensors files beside it, got {file!r}")
+            if not (self.path / file).is_file():
+                raise ValueError(f"{index}: shard {file} is missing from the folder")
+        return content
+
+    def _open_file(self, file: str):
+        try:
+            return safe_open(self.path / file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.path / file}: truncated or no safetensors file: {error}") from None
+
+    def _add(self, name: str, file: str, opened: Any) -> None:
+        if name in self.heads:
+            raise ValueError(f"{self.path}: tensor {name} is in two shards, {self.heads[name].file} and {file}")
+        view = opened.get_slice(name)
+        self.heads[name] = Head(tuple(view.get_shape()), view.get_dtype(), file)
+
+    def _check_index(self) -> None:
+        places = self.index["weight_map"]
+        absent = [name for name, file in places.items() if name not in self.heads or self.heads[name].file != file]
+        unlisted = [name for name in self.heads if name not in places]
+        if absent or unlisted:
+            raise ValueError(
+                f"{self.path / INDEX}: names tensors its shards do not hold: {some(absent)}; "
+                f"shards hold tensors it does not name: {some(unlisted)}"
+            )
+
+
+def check_heads(where: str | Path, heads: Mapping[str, Head], expected: Mapping[str, Iterable[int]], kept: str) -> None:
+    """That a folder holds what a model needs. `expected`: name to shape; `kept`: regex of others that may be there.
+
+    Raises:
+        ValueError: tensors missing, not expected, of another shape, or of a dtype that is no plain float.
+    """
+    missing = [name for name in expected if name not in heads]
+    extra = [name for name in heads if name not in expected and not re.fullmatch(kept, name)]
+    refuse(where, missing, extra)
+    for name, shape in expected.items():
+        if heads[name].shape != tuple(shape):
+            raise ValueError(f"{where}: {name}: expected shape {list(shape)}, got {list(heads[name].shape)}")
+    for name, head in heads.items():
+        if head.dtype not in DTYPES:
+            raise ValueError(f"{where}: {name}: expected dtype {', '.join(DTYPES)}, got {head.dtype}")
+
+
+def check_readable(where: str | Path | None, subfolder: str | None) -> None:
+    """Where it is a folder here and not a name on a hub: that its files are whole. Raises ValueError: `Folder`."""
+    if where is not None and Path(where).is_dir():
+        Folder(Path(where, subfolder or ""))
+
+
+def check_loaded(where: str, info: Mapping[str, Any], *, shapes: bool) -> None:
+    """That transformers filled a model from a folder completely; it only warns. `shapes`: whether they must fit too.
+
+    Raises:
+        ValueError: tensors missing, not expected or of another shape.
+    """
+    refuse(where, info["missing_keys"], info["unexpected_keys"])
+    for name, got, expected in sorted(info["mismatched_keys"]) if shapes else ():
+        raise ValueError(f"{where}: {name}: expected shape {list(expected)}, got {list(got)}")
+
+
+def refuse(where: str | Path, missing: Iterable[str], extra: Iterable[str]) -> None:
+    """Raises ValueError where either is not empty."""
+    said = [f"{what}: {some(names)}" for what, names in (("missing", missing), ("not expected", extra)) if names]
+    if said:
+        raise ValueError(f"{where}: tensors {'; '.join(said)}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError: no such file, or not a JSON object."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def write_tensors(
+    path: Path, heads: Mapping[str, Head], read: Callable[[str], Tensor], metadata: Mapping[str, str]
+) -> None:
+    """One safetensors file of these tensors, each asked for when its turn has come.
+
+    The wide dtypes come first, so that every tensor is aligned to its own size; otherwise the order is that of `heads`.
+    """
+    names = sorted(heads, key=lambda name: -DTYPES[heads[name].dtype].itemsize)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in names:
+        start, end = end, end + heads[name].bytes
+        header[name] = {
+            "dtype": heads[name].dtype, "shape": list(heads[name].shape), "data_offsets": [start, end],
+        }  # fmt: skip
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            x = read(name)
+            assert (tuple(x.shape), CODES[x.dtype]) == heads[name][:2], name
+            file.write(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def place(heads: Mapping[str, Head], max_shard_size: int) -> dict[str, Head]:
+    """The same, with file names: in order, a new shard begins where one would exceed `max_shard_size` [bytes]."""
+    shard, filled, numbers = 1, 0, {}
+    for name, head in heads.items():
+        if filled and filled + head.bytes > max_shard_size:
+            shard, filled = shard + 1, 0
+        numbers[name], filled = shard, filled + head.bytes
+    file = "model-{:05d}-of-{:05d}.safetensors".format if shard > 1 else lambda number, of: SINGLE
+    return {name: head._replace(file=file(numbers[name], shard)) for name, head in heads.items()}
+
+
+def write_index(folder: Path, heads: Mapping[str, Head], metadata: Mapping[str, Any]) -> None:
+    content = {"metadata": dict(metadata), "weight_map": {name: head.file for name, head in heads.items()}}
+    (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def some(names: Iterable[str], most: int = 8) -> str:
+    """As many names as a message should hold."""
+    names = sorted(names)
+    more = [f"{len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *more]) or "none"

@@ -1,0 +1,68 @@
+"""What a converted folder remembers of the one it came from, so that the way back loses nothing.
+
+seqzoo_origin.json holds the architecture, the text of config.json and where every tensor stood;
+seqzoo_extra.safetensors the tensors that ours has no room for.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from seqzoo.models.checkpoints import Folder, Head, read_json, some
+
+RECORD, EXTRA = "seqzoo_origin.json", "seqzoo_extra.safetensors"
+
+
+class Origin(NamedTuple):
+    architecture: str
+    config: str  # the text of config.json
+    tensors: dict[str, list[str]]  # name -> file, dtype; in the order in which they stood
+    metadata: dict[str, dict[str, str]]  # file -> what its header said beside the tensors
+    index: dict[str, Any] | None  # what the index said beside the tensors; None where there was none
+
+    @classmethod
+    def of(cls, architecture: str, folder: Folder) -> "Origin":
+        """Raises ValueError: config.json is no UTF-8."""
+        try:
+            config = (folder.path / "config.json").read_bytes().decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{folder.path / 'config.json'}: expected UTF-8: {error}") from None
+        places = {name: [head.file, head.dtype] for name, head in folder.heads.items()}
+        return cls(architecture, config, places, folder.metadata, folder.index and folder.index.get("metadata", {}))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Origin | None":
+        """None where the folder was made by training, not by conversion. Raises ValueError: an unreadable record."""
+        path = folder / RECORD
+        if not path.is_file():
+            return None
+        content = read_json(path)
+        if set(content) != set(cls._fields):
+            raise ValueError(f"{path}: expected {sorted(cls._fields)}, got {sorted(content)}")
+        files = {place[0] for place in content["tensors"].values()}
+        outside = sorted(file for file in files if Path(file).name != file)
+        if outside:
+            raise ValueError(f"{path}: expected names of files, got {outside}")
+        return cls(**content)
+
+    def text(self) -> str:
+        """What RECORD says."""
+        return json.dumps(self._asdict())
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        return {name: dtype for name, (_, dtype) in self.tensors.items()}
+
+    def place(self, folder: Path, heads: Mapping[str, Head]) -> dict[str, Head]:
+        """The same in the order and the files they once stood in.
+
+        Raises:
+            ValueError: other tensors than there were.
+        """
+        if set(heads) != set(self.tensors):
+            missing, new = set(self.tensors) - set(heads), set(heads) - set(self.tensors)
+            raise ValueError(
+                f"{folder / RECORD}: tensors it names are gone: {some(missing)}; it does not name: {some(new)}"
+            )
+        return {name: heads[name]._replace(file=file) for name, (file, _) in self.tensors.items()}
