@@ -83,6 +83,13 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
+def hide_bars() -> None:
+    """Transformers draws a bar for each file that it reads or writes, through that of whoever calls it."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def _byte_level() -> Any:
     """Byte b has id b; there are no merges, so text is its UTF-8 bytes and any bytes decode."""
     from tokenizers import Tokenizer as Pipeline

@@ -94,7 +94,7 @@ class Checkpoints:
         older = [path for path in self.all() if path < newest]
         for path in older[: len(older) - (self.keep - 1)]:
             try:
-                shutil.rmtree(os.path.join(path.rename(path.with_name(path.name + PARTIAL))))
+                shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL)))
             except OSError as error:
                 log.warning("%s cannot be removed: %s", path, error)
 
@@ -126,6 +126,39 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if damage is not None:
         raise ValueError(f"{path}: expected a checkpoint to resume, but {damage}")
     return load_file(path / TENSORS), json.loads((path / FACTS).read_text())
+
+
+def choose(checkpoints: Checkpoints, resume: str | None) -> Path | None:
+    """The checkpoint that a run goes on from; None to start.
+
+    Args:
+        checkpoints: those of the run's folder.
+        resume: None starts, "auto" takes the newest whole one where there is any, a path that one.
+
+    Raises:
+        ValueError: a start in a folder with checkpoints, a path that is damaged or is older than the folder's newest:
+            the run would write over what is there.
+    """
+    found = checkpoints.all()
+    if resume is None:
+        if found:
+            raise ValueError(
+                f"{checkpoints.folder}: expected no checkpoints, got {found[-1].name}; "
+                "go on with trainer.resume=auto, or choose another run_dir"
+            )
+        return None
+    if resume == "auto":
+        return checkpoints.newest()
+    path = Path(resume)
+    damage = damage_of(path)
+    if damage is not None:
+        raise ValueError(f"trainer.resume: expected a checkpoint folder, got {path}: {damage}")
+    if found and path.resolve() != checkpoints.newest().resolve():
+        raise ValueError(
+            f"trainer.resume: expected the newest of {checkpoints.folder}, got {path}; "
+            "choose another run_dir to go on from there"
+        )
+    return path
 
 
 def require_same(then: dict[str, Any], now: dict[str, Any], path: Path) -> None:

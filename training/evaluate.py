@@ -1,0 +1,67 @@
+"""A model on text that it was not trained on, and text that it makes."""
+
+import math
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from seqzoo.data.packing import IGNORED, Batch
+from seqzoo.data.tokenizer import Tokenizer
+
+
+def bits(nats: float, num_bytes: int) -> float:
+    """Bits per byte of text."""
+    return nats / math.log(2) / num_bytes
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[Batch], precision: AbstractContextManager) -> dict[str, float]:
+    """Cross-entropy alone, without what the parts add to the loss.
+
+    Args:
+        model: left as it was, in training or not.
+        batches: at least one.
+        precision: entered for each call of the model.
+
+    Returns:
+        loss [nats/token], bits_per_byte.
+    """
+    was_training = model.training
+    model.eval()
+    nats, targets, num_bytes = 0.0, 0, 0
+    for batch in batches:
+        inputs = batch.inputs(next(model.parameters()).device)
+        labels = inputs.pop("shift_labels").flatten()
+        with precision:
+            logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
+        nats += F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum").item()
+        targets, num_bytes = targets + batch.num_targets, num_bytes + batch.num_bytes
+    model.train(was_training)
+    return {"loss": nats / targets, "bits_per_byte": bits(nats, num_bytes)}
+
+
+@torch.no_grad()
+def sample(model: nn.Module, tokenizer: Tokenizer, prompt: str, *, tokens: int, temperature: float, seed: int) -> str:
+    """The prompt, at the beginning of a document, and what the model makes of it.
+
+    Args:
+        model: with transformers' `generate`.
+        tokenizer: its own.
+        prompt: may be empty.
+        tokens: to make at most; a model may end the document before.
+        temperature: of the drawing; 0 takes the likeliest.
+        seed: of the drawing; no other generator is touched.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    ids = torch.cat([torch.tensor([tokenizer.start]), tokenizer.encode(prompt.encode())])[None].to(device)
+    drawing = dict(do_sample=True, temperature=temperature, top_k=0) if temperature else dict(do_sample=False)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **drawing)
+    model.train(was_training)
+    return tokenizer.decode(out[0].tolist())

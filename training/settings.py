@@ -1,0 +1,70 @@
+"""The numbers and choices of a run: what `configs/trainer/*.yaml` may say."""
+
+from dataclasses import dataclass
+
+import torch
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The `trainer=` choices, all of them given in its YAML.
+
+    Attributes:
+        steps: optimizer steps of the run.
+        batch_size, sequence_length: rows of a micro-batch, tokens of a row.
+        accumulate: micro-batches of a step.
+        shuffle_buffer: documents that are shuffled at a time.
+        clip: the largest norm of the gradient; None does not clip.
+        precision: "fp32", or "bf16" for autocast.
+        compile, gradient_checkpointing: torch.compile; activations computed again instead of kept.
+        device: "cpu", "cuda", ...; None is a GPU where there is one.
+        max_skips: steps in a row whose loss or gradient is not finite that end the run.
+        max_minutes: of training; None leaves the end to `steps`. A run that ends by the clock is not reproducible.
+        log_every, validate_every, checkpoint_every: steps from one to the next; the end always counts.
+        validation_tokens: of a validation on the way, spread evenly over all.
+        final_validation_bytes: of the validation set, which is all used at the end.
+        keep: checkpoints to keep.
+        resume: None starts, "auto" goes on from the run folder's newest checkpoint, a path from that one.
+        tensorboard, wandb: whether to write there too.
+        prompt, sample_tokens, temperature: of the text made at the end.
+    """
+
+    steps: int
+    batch_size: int
+    sequence_length: int
+    accumulate: int
+    shuffle_buffer: int
+    clip: float | None
+    precision: str
+    compile: bool
+    gradient_checkpointing: bool
+    device: str | None
+    max_skips: int
+    max_minutes: float | None
+    log_every: int
+    validate_every: int
+    validation_tokens: int
+    final_validation_bytes: int
+    checkpoint_every: int
+    keep: int
+    resume: str | None
+    tensorboard: bool
+    wandb: bool
+    prompt: str
+    sample_tokens: int
+    temperature: float
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "batch_size", "sequence_length", "accumulate", "max_skips", "log_every", "validate_every")
+        for name in (*counts, "validation_tokens", "final_validation_bytes", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"trainer.{name}: expected at least 1, got {getattr(self, name)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"trainer.precision: expected one of {PRECISIONS}, got {self.precision!r}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"trainer.clip: expected a norm above 0 or null, got {self.clip}")
+
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,0 +1,250 @@
+"""The loop: batches in, steps, and everything that must survive a crash."""
+
+import json
+import logging
+import math
+import signal
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from seqzoo.data.packing import Batch, TrainingBatches, ValidationRows
+from seqzoo.data.source import Corpus
+from seqzoo.data.tokenizer import Tokenizer
+from seqzoo.models.causal_lm import SeqZooForCausalLM, Stats
+from seqzoo.models.config import SeqZooConfig
+from seqzoo.training.checkpoint import Checkpoints, load, require_same
+from seqzoo.training.evaluate import bits, evaluate
+from seqzoo.training.logbook import Logbook
+from seqzoo.training.progress import Progress
+from seqzoo.training.schedules import Schedule
+from seqzoo.training.settings import Settings
+from seqzoo.training.state import load_optimizer_tensors, load_random_state, optimizer_tensors, random_state
+
+log = logging.getLogger(__name__)
+VERSION_KEYS = {"transformers_version", "_name_or_path", "architectures", "dtype"}  # say how a config was written
+
+
+class Trainer:
+    """A run from its first step, or from a checkpoint's, to its last.
+
+    Args:
+        model: on its device.
+        tokenizer, corpus: of the data.
+        optimizers, schedule: step the model's parameters.
+        settings: see there.
+        folder: of the run.
+        seed: of the order of the documents.
+    """
+
+    def __init__(
+        self,
+        model: SeqZooForCausalLM,
+        tokenizer: Tokenizer,
+        corpus: Corpus,
+        optimizers: list[Optimizer],
+        schedule: Schedule,
+        settings: Settings,
+        folder: Path,
+        *,
+        seed: int,
+    ) -> None:
+        self.model, self.tokenizer, self.optimizers, self.schedule = model, tokenizer, optimizers, schedule
+        self.settings, self.folder = settings, folder
+        length = settings.sequence_length
+        self.batches = TrainingBatches(
+            corpus.train, tokenizer, rows=settings.batch_size, length=length, seed=seed,
+            shuffle_buffer=settings.shuffle_buffer,
+        )  # fmt: skip
+        limit = settings.final_validation_bytes
+        self.validation = ValidationRows(corpus.validation, tokenizer, length=length, limit=limit)
+        self.checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
+        self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.step = self.tokens = self.skips = 0
+        self.seconds = 0.0  # spent in steps
+        self.window = _new_window()
+        self.last_good: Path | None = None
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        if settings.compile:
+            model.compile()
+
+    def restore(self, path: Path) -> None:
+        """Go on where a checkpoint stands; the model has its weights already.
+
+        Raises:
+            ValueError: it is damaged, of another model, tokenizer, optimizer or data.
+        """
+        tensors, facts = load(path)
+        self.batches.load_state_dict(facts["data"])
+        load_optimizer_tensors(self.model, self.optimizers, tensors)
+        self.step, self.tokens, self.seconds = facts["step"], facts["tokens"], facts["seconds"]
+        self.skips, self.window, self.last_good = facts["skips"], facts["window"], path
+        load_random_state(tensors, facts["random"])
+
+    def fit(self, logbook: Logbook, stop: Any, progress: Progress) -> None:
+        """Train until the last step, or until `stop.received` or the clock says so; the last step is saved.
+
+        Raises:
+            RuntimeError: too many steps in a row that were not finite, or no checkpoint of the last step; the message
+                names the last good one.
+        """
+        settings, began = self.settings, time.monotonic()
+        self.model.train()
+        ended = self.step >= settings.steps
+        while not ended:
+            start = time.perf_counter()
+            record = self._step(progress)
+            seconds = time.perf_counter() - start
+            self.seconds += seconds
+            self.window["seconds"] += seconds
+            progress.step(self.step, seconds, **self._shown())
+            out_of_time = settings.max_minutes and time.monotonic() - began >= 60 * settings.max_minutes
+            ended = self.step >= settings.steps or stop.received is not None or bool(out_of_time)
+            if self.step % settings.log_every == 0 or self.step >= settings.steps:
+                self._log(logbook, record)
+            if self.step % settings.validate_every == 0 and self.step < settings.steps:
+                values = self.validate(settings.validation_tokens)
+                logbook.write("validation", self.step, tokens=self.tokens, **values)
+                progress.say(f"step {self.step:,}  validation {values['bits_per_byte']:.4f} bits/byte")
+            if ended or self.step % settings.checkpoint_every == 0:
+                logbook.to_disk()
+                self._save(must=ended)
+        if stop.received is not None:
+            progress.say(f"{signal.Signals(stop.received).name}: stopped after step {self.step:,}; {self._saved()}")
+
+    def validate(self, tokens: int | None = None) -> dict[str, float]:
+        """loss [nats/token] and bits_per_byte on the validation set, or on so many tokens of it."""
+        batches = self.validation.batches(self.settings.batch_size, tokens)
+        return evaluate(self.model, batches, self._precision())
+
+    def _step(self, progress: Progress) -> dict[str, Any]:
+        """One optimizer step, or a skipped one; what there is to log of it."""
+        factor = self.schedule(self.step)
+        batches = [next(self.batches) for _ in range(self.settings.accumulate)]
+        stats, nats, loss = self._backward(batches)
+        norm = torch.nn.utils.clip_grad_norm_(self.params, self.settings.clip or math.inf)
+        nats, loss, norm = torch.stack([nats, loss, norm]).tolist()
+        self.step += 1
+        self.tokens += sum(batch.input_ids.numel() for batch in batches)
+        if math.isfinite(loss) and math.isfinite(norm):
+            for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * factor
+                optimizer.step()
+            self.model.after_step(stats)
+            self.skips = 0
+            for name, value in (("nats", nats), ("steps", 1)):
+                self.window[name] += value
+            for name in ("num_targets", "num_bytes"):
+                self.window[name] += sum(getattr(batch, name) for batch in batches)
+        else:
+            self._skip(loss, norm, progress)
+        for p in self.params:
+            p.grad = None
+        return dict(lr=self.rates[0][0] * factor, grad_norm=norm if math.isfinite(norm) else None, stats=stats)
+
+    def _backward(self, batches: list[Batch]) -> tuple[Stats, Tensor, Tensor]:
+        """Gradients of all micro-batches -> their counts, the cross-entropy in nats, the whole loss."""
+        model, device = self.model, self.params[0].device
+        targets = sum(batch.num_targets for batch in batches)
+        stats, nats, total = None, torch.zeros((), device=device), torch.zeros((), device=device)
+        for batch in batches:
+            with self._precision():
+                out = model(**batch.inputs(device), num_items_in_batch=targets, stats=stats, use_cache=False)
+            out.loss.backward()
+            with torch.no_grad():
+                total += out.loss
+                nats += (out.loss - model.added_loss(out.stats, stats)) * targets
+                stats = _pooled(stats, out.stats)
+        return stats, nats, total
+
+    def _skip(self, loss: float, norm: float, progress: Progress) -> None:
+        self.skips += 1
+        progress.say(f"step {self.step:,} skipped: loss {loss}, gradient norm {norm}; {self.skips} in a row")
+        if self.skips >= self.settings.max_skips:
+            raise RuntimeError(f"{self.skips} steps in a row were not finite, the last is {self.step}; {self._saved()}")
+
+    def _log(self, logbook: Logbook, record: dict[str, Any]) -> None:
+        window, stats = self.window, record.pop("stats")
+        if window["steps"]:
+            values = self._shown()
+            speed = values.pop("tokens_per_second")
+            values |= self.model.metrics(stats)
+            logbook.write(
+                "train",
+                self.step,
+                tokens=self.tokens,
+                **values,
+                **record,
+                tokens_per_second=speed,
+                seconds=self.seconds,
+            )
+        self.window = _new_window()
+
+    def _shown(self) -> dict[str, float]:
+        """Means since the last record; nothing is known where all its steps were skipped."""
+        window = self.window
+        if not window["steps"]:
+            return dict(loss=math.nan, bits_per_byte=math.nan, tokens_per_second=0.0)
+        return dict(
+            loss=window["nats"] / window["num_targets"],
+            bits_per_byte=bits(window["nats"], window["num_bytes"]),
+            tokens_per_second=window["num_targets"] / window["seconds"],
+        )
+
+    def _save(self, *, must: bool) -> None:
+        tensors, generators = random_state()
+        facts = dict(
+            step=self.step, tokens=self.tokens, seconds=self.seconds, skips=self.skips, window=self.window,
+            data=self.batches.state_dict(), random=generators, made_of=made_of(self.model.config, self.tokenizer),
+        )  # fmt: skip
+        tensors |= optimizer_tensors(self.model, self.optimizers)
+        try:
+            self.last_good = self.checkpoints.save(self.step, self._write_model, tensors, facts)
+        except OSError as error:
+            message = f"no checkpoint of step {self.step} could be written ({error}); {self._saved()}"
+            if must:
+                raise RuntimeError(message) from error
+            log.warning(message)
+
+    def _write_model(self, folder: str) -> None:
+        self.model.save_pretrained(folder)
+        self.tokenizer.save(folder)
+
+    def _saved(self) -> str:
+        return f"the last good checkpoint is {self.last_good}" if self.last_good else "there is no checkpoint"
+
+    def _precision(self) -> AbstractContextManager:
+        if self.settings.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.params[0].device.type, dtype=torch.bfloat16)
+
+
+def made_of(config: SeqZooConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The facts that a checkpoint and the run that resumes it must share."""
+    model = json.loads(config.to_json_string(use_diff=False))
+    model = {key: value for key, value in model.items() if key not in VERSION_KEYS}
+    return {"model": model, "tokenizer": tokenizer.identity()}
+
+
+def require_same_model(path: Path, config: SeqZooConfig, tokenizer: Tokenizer) -> None:
+    """Raises ValueError naming every key in which a checkpoint's model or tokenizer differs from these."""
+    require_same(load(path)[1]["made_of"], made_of(config, tokenizer), path)
+
+
+def _pooled(before: Stats | None, now: Stats) -> Stats:
+    now = [{name: value.detach() for name, value in block.items()} for block in now]
+    if before is None:
+        return now
+    return [{name: old[name] + new[name] for name in new} for old, new in zip(before, now, strict=True)]
+
+
+def _new_window() -> dict[str, float]:
+    return dict(nats=0.0, num_targets=0, num_bytes=0, steps=0, seconds=0.0)
