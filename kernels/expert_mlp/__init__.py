@@ -1,0 +1,1 @@
+from seqzoo.kernels.expert_mlp.op import expert_mlp

@@ -1,0 +1,153 @@
+"""Ultra-sparse mixture of experts: every token through k of E small gated MLPs and, where there is one, a shared one.
+
+    p = softmax(W_r x)                                   the router, over all E experts, in fp32
+    C = the k largest of p                               (of p + b with bias balancing)
+    y = sum_{e in C} w_e expert_e(x) + sigmoid(w_s x) shared(x),   w_e = p_e / sum_{C} p where renormalised
+
+No capacity: no token is dropped, and what a token gets does not depend on its neighbours.
+Balance, by a loss: E sum_e f_e P_e with f_e the share of tokens that chose e and P_e the mean of p_e (Fedus et al.
+2021, arXiv 2101.03961, eq. 4-6). Balance without a loss: b_e moves by a fixed step against e's load (Wang et al.
+2024, arXiv 2408.15664, algorithm 1). The router and the shared expert are Qwen3-Next's.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from seqzoo.kernels.expert_mlp import expert_mlp
+from seqzoo.layers.mlp import GatedMLP
+from seqzoo.layers.precision import wide
+from seqzoo.layers.span import Span
+
+
+class MoE(nn.Module):
+    """
+    Args:
+        num_experts: E, the experts a token chooses from.
+        num_experts_per_token: k, how many it takes.
+        expert_width: hidden units of one expert.
+        shared_width: hidden units of the expert that every token passes through; 0 is none.
+        shared_gate: scale the shared expert's output by a sigmoid of x.
+        renormalise: make a token's k weights sum to 1.
+        balance_coefficient: of the balance loss.
+        bias_update_rate: step of the balancing bias per optimizer step; 0 is no bias.
+
+    Raises:
+        ValueError: a size or a rate out of its range.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_experts: int,
+        num_experts_per_token: int,
+        expert_width: int,
+        shared_width: int = 0,
+        shared_gate: bool = True,
+        renormalise: bool = True,
+        balance_coefficient: float = 0.001,
+        bias_update_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not 1 <= num_experts_per_token <= num_experts:
+            raise ValueError(
+                f"num_experts_per_token: expected 1 to num_experts={num_experts}, got {num_experts_per_token}"
+            )
+        for name, value in dict(
+            shared_width=shared_width, balance_coefficient=balance_coefficient, bias_update_rate=bias_update_rate
+        ).items():
+            if value < 0:
+                raise ValueError(f"{name}: expected at least 0, got {value}")
+        self.k, self.renormalise = num_experts_per_token, renormalise
+        self.balance_coefficient, self.bias_update_rate = balance_coefficient, bias_update_rate
+        self.router = nn.Linear(hidden_size, num_experts, bias=False)
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_width, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_width))
+        self.shared = GatedMLP(hidden_size, shared_width) if shared_width else None
+        self.shared_gate = nn.Linear(hidden_size, 1, bias=False) if shared_width and shared_gate else None
+        self.register_buffer("expert_bias", torch.zeros(num_experts) if bias_update_rate else None)
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """The experts' own matrices ~ normal(0, std); the linear layers know themselves."""
+        nn.init.normal_(self.gate_up_proj, std=std)
+        nn.init.normal_(self.down_proj, std=std)
+        if self.expert_bias is not None:
+            nn.init.zeros_(self.expert_bias)
+
+    def forward(self, x: Tensor, span: Span | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """x [B, T, D] -> y [B, T, D], and sums over the tokens that are not padding.
+
+        Returns:
+            y, and {"selected": [E] how often each expert was chosen, "probability": [E] the router's probabilities,
+            "tokens": [] how many tokens}, fp32: additive over layers, micro-batches and ranks.
+        """
+        tokens = x.flatten(0, -2)  # [N, D]
+        chosen, weight, probability = self._route(tokens)
+        y = self._experts(tokens, chosen, weight)
+        if self.shared is not None:
+            shared = self.shared(tokens)
+            y = y + (shared if self.shared_gate is None else self.shared_gate(tokens).sigmoid() * shared)
+        valid = None if span is None or span.valid is None else span.valid.flatten()
+        return y.view_as(x), self._count(chosen, probability, valid)
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N, D] -> chosen [N, k], weight [N, k] in x's dtype, probability [N, E] in fp32."""
+        logits = self.router(x)
+        probability = wide(logits).softmax(dim=-1)
+        if self.expert_bias is None:
+            weight, chosen = probability.topk(self.k, dim=-1)
+        else:
+            chosen = (probability + self.expert_bias).topk(self.k, dim=-1).indices
+            weight = probability.gather(-1, chosen)
+        if self.renormalise:
+            weight = weight / weight.sum(dim=-1, keepdim=True)
+        return chosen, weight.to(logits.dtype), probability
+
+    def _experts(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
+        """Under autocast the op is a matrix product like any other: its operands take the lower precision."""
+        gate_up, down = self.gate_up_proj, self.down_proj
+        if torch.is_autocast_enabled(x.device.type):
+            lower = torch.get_autocast_dtype(x.device.type)
+            x, gate_up, down = x.to(lower), gate_up.to(lower), down.to(lower)
+        return expert_mlp(x, chosen, weight, gate_up, down)
+
+    def _count(self, chosen: Tensor, probability: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
+        tokens = probability.new_ones(chosen.shape[0]) if valid is None else valid.to(probability.dtype)  # [N]
+        ones = tokens[:, None].expand(chosen.shape).reshape(-1)
+        selected = tokens.new_zeros(probability.shape[-1]).scatter_add_(0, chosen.flatten(), ones)
+        return {"selected": selected, "probability": tokens @ probability, "tokens": tokens.sum()}
+
+    def loss(self, stats: dict[str, Tensor]) -> Tensor:
+        """The balance loss, its coefficient included; k times the coefficient where the load is even. [nats/token]"""
+        share, mean = (stats[name] / stats["tokens"] for name in ("selected", "probability"))
+        return self.balance_coefficient * share.numel() * (share * mean).sum()
+
+    def metrics(self, stats: dict[str, Tensor]) -> dict[str, float]:
+        """How even the load is: its entropy as a share of the largest possible, the busiest expert's load over the
+        mean load, and the share of experts that no token chose."""
+        load = stats["selected"].double()
+        load = load / load.sum()
+        entropy = -torch.special.xlogy(load, load).sum() / torch.tensor(load.numel()).log()
+        return {
+            "load_entropy": entropy.item(),
+            "load_max": (load.max() * load.numel()).item(),
+            "unused_experts": (load == 0).double().mean().item(),
+        }
+
+    @torch.no_grad()
+    def after_step(self, stats: dict[str, Tensor]) -> None:
+        """Move the choice towards the experts with less than the mean load, by `bias_update_rate` each."""
+        if self.expert_bias is not None:
+            selected = stats["selected"]
+            self.expert_bias += self.bias_update_rate * (selected.mean() - selected).sign()
+
+    def active_parameters(self) -> int:
+        """Parameters a token passes through: the router, k experts, the shared expert and its gate."""
+        experts = self.gate_up_proj[0].numel() + self.down_proj[0].numel()
+        others = sum(p.numel() for p in self.parameters()) - len(self.gate_up_proj) * experts
+        return others + self.k * experts
+
+    def flops(self, context: int) -> int:
+        """Forward FLOPs per token, 2 per multiply-add; `context` [tokens] does not matter to a channel."""
+        return 2 * self.active_parameters()

@@ -1,0 +1,20 @@
+"""Gated MLP: y = W_down [ silu(W_gate x) * (W_up x) ]. Source: Shazeer 2020, arXiv 2002.05202."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> y [..., D]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def active_parameters(self) -> int:
+        """Parameters a token passes through: all of them."""
+        return sum(p.numel() for p in self.parameters())
