@@ -28,9 +28,7 @@ class Tokenizer:
     def __init__(self, inner: Any, *, raw: bool) -> None:
         marks = [mark for mark in (inner.bos_token_id, inner.eos_token_id) if mark is not None]
         if not marks:
-            raise ValueError(
-                f"tokenizer: expected one with a bos or eos token, got {type(inner).__name__} with neither"
-            )
+            raise ValueError(f"tokenizer: expected a bos or eos token, got neither in {type(inner).__name__}")
         self.inner, self.raw = inner, raw
         self.start, self.end = marks[0], marks[-1]
         self.vocab_size = len(inner)
@@ -69,9 +67,7 @@ def load_tokenizer(name: str | None) -> Tokenizer:
     try:
         inner = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"tokenizer: expected a name or folder that AutoTokenizer opens, got {name!r}: {error}"
-        ) from error
+        raise ValueError(f"tokenizer: expected what AutoTokenizer opens, got {name!r}: {error}") from error
     return Tokenizer(inner, raw=False)
 
 
@@ -79,7 +75,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raises ValueError where a model of `vocab_size` ids cannot take every id of the tokenizer."""
     if vocab_size < tokenizer.vocab_size:
         raise ValueError(
-            f"model.vocab_size: expected at least the tokenizer's {tokenizer.vocab_size}, got {vocab_size}"
+            f"model.vocab_size: expected at least {tokenizer.vocab_size} (the tokenizer's), got {vocab_size}"
         )
 
 
