@@ -55,7 +55,7 @@ def wsd(steps: int, *, warmup: float, decay: float, floor: float) -> Schedule:
 def _progress(step: int, steps: int, warmup: float) -> tuple[float, float]:
     """How far up the warm-up, and how far through the rest; the first step is not at zero."""
     up = warmup * steps
-    return ((step + 1) / up if up >= 1 else 1.0), (step - up) / max(1.0, steps - up)
+    return ((step + 1) / up if up >= 1 else 1.0), max(0.0, step - up) / max(1.0, steps - up)
 
 
 def _check(**parts: float) -> None:

@@ -113,7 +113,8 @@ class Trainer:
                 values = self.validate(settings.validation_tokens)
                 logbook.write("validation", self.step, tokens=self.tokens, **values)
                 progress.say(f"step {self.step:,}  validation {values['bits_per_byte']:.4f} bits/byte")
-            if ended or self.step % settings.checkpoint_every == 0:
+            due = self.step % settings.checkpoint_every == 0 and not self.skips  # else what is saved may be at fault
+            if ended or due:
                 logbook.to_disk()
                 self._save(must=ended)
         if stop.received is not None:

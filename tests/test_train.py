@@ -1,0 +1,299 @@
+"""Training: optimizers and schedules are what they say, and a run leaves what people expect to see."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from runs import HYBRID, options, run, written
+from torch import nn
+
+from seqzoo.data.stdlib import stdlib
+from seqzoo.models import SeqZooForCausalLM
+from seqzoo.training import trainer as trainer_module
+from seqzoo.training.logbook import Logbook, records
+from seqzoo.training.muon import Muon, orthogonal
+from seqzoo.training.optimizers import adamw, muon
+from seqzoo.training.schedules import cosine, wsd
+from seqzoo.training.stopping import StopRequest
+
+ADAMW = dict(lr=1e-3, betas=[0.9, 0.95], eps=1e-8, weight_decay=0.1)
+MUON = dict(lr=0.02, weight_decay=0.1, momentum=0.95, ns_steps=5, ns_dtype="bfloat16", adjust_lr_fn="original")
+
+
+def parameters(*shapes):
+    return [(torch.randn(shape) / 10).requires_grad_() for shape in shapes]
+
+
+def copies(params):
+    return [p.detach().clone().requires_grad_() for p in params]
+
+
+# Optimizers
+
+
+@pytest.mark.parametrize("ratio", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_is_torchs_on_matrices(ratio, nesterov):
+    ours = parameters((5, 9), (9, 5), (5, 9), (7, 7), (5, 9))
+    theirs = copies(ours)
+    options = dict(lr=0.05, weight_decay=0.3, momentum=0.9, nesterov=nesterov, adjust_lr_fn=ratio)
+    one, other = Muon(ours, **options), torch.optim.Muon(theirs, **options)
+    for _ in range(3):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        ours[2].grad = theirs[2].grad = None  # one has none
+        one.step()
+        other.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-3 * 0.05)  # bf16 products may be summed in another order
+
+
+def test_muon_takes_a_stack_as_its_matrices():
+    (stack,) = parameters((3, 4, 6))
+    apart = [m.detach().clone().requires_grad_() for m in stack]
+    one, other = Muon([stack], lr=0.1, ns_dtype="float32"), Muon(apart, lr=0.1, ns_dtype="float32")
+    for _ in range(2):
+        stack.grad = torch.randn_like(stack)
+        for i, p in enumerate(apart):
+            p.grad = stack.grad[i].clone()
+        one.step()
+        other.step()
+    torch.testing.assert_close(stack.detach(), torch.stack([p.detach() for p in apart]))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 9), (3, 9, 4)])
+def test_newton_schulz_makes_singular_values_near_one(shape):
+    values = torch.linalg.svdvals(orthogonal(torch.randn(shape), 5, 1e-7, torch.float32))
+    assert values.min() > 0.3 and values.max() < 1.3
+
+
+def test_muon_says_what_it_cannot_take():
+    with pytest.raises(ValueError, match=r"Muon params: expected \[out, in\] or \[E, out, in\], got \[3\]"):
+        Muon(parameters((3,)))
+    with pytest.raises(ValueError, match="Muon lr: expected at least 0, got -1"):
+        Muon(parameters((3, 3)), lr=-1)
+    with pytest.raises(ValueError, match=r"Muon ns_dtype: expected one of \['bfloat16', 'float32'\], got 'half'"):
+        Muon(parameters((3, 3)), ns_dtype="half")
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens, self.lm_head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.proj, self.router = nn.Linear(4, 4), nn.Linear(4, 3, bias=False)
+        self.experts, self.conv = nn.Parameter(torch.zeros(3, 4, 5)), nn.Conv1d(4, 4, 1)
+        self.conv.weight = nn.Parameter(torch.zeros(4, 4))
+
+
+def deal(model, optimizers):
+    """Name -> (optimizer, decay) of every parameter, each exactly once."""
+    names, dealt = {p: name for name, p in model.named_parameters()}, {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                assert names[p] not in dealt
+                dealt[names[p]] = (type(optimizer).__name__, group["weight_decay"])
+    assert set(dealt) == set(names.values())
+    return dealt
+
+
+def test_matrices_decay_and_vectors_do_not():
+    model = Named()
+    decayed = {name for name, (_, decay) in deal(model, adamw(model, **ADAMW)).items() if decay}
+    assert decayed == {"embed_tokens.weight", "lm_head.weight", "proj.weight", "router.weight", "experts"}
+
+
+def test_muon_steps_hidden_matrices_and_adamw_the_rest():
+    model = Named()
+    dealt = deal(model, muon(model, **MUON, adamw=ADAMW | {"names": ["embed_tokens", "lm_head", "router"]}))
+    assert {name for name, (kind, _) in dealt.items() if kind == "Muon"} == {"proj.weight", "experts"}
+    assert dealt["conv.weight"] == dealt["proj.bias"] == ("AdamW", 0.0) and dealt["router.weight"] == ("AdamW", 0.1)
+    with pytest.raises(ValueError, match="optimizer.adamw.names: expected to leave a matrix to Muon"):
+        muon(model, **MUON, adamw=ADAMW | {"names": ["."]})
+
+
+# Schedules
+
+
+def test_cosine():
+    factor = cosine(100, warmup=0.1, floor=0.2)
+    assert [factor(s) for s in (0, 4, 9)] == [0.1, 0.5, 1.0]
+    assert factor(10) == 1.0 and factor(55) == pytest.approx(0.6) and factor(100) == pytest.approx(0.2)
+    assert cosine(100, warmup=0, floor=0)(0) == 1.0
+
+
+def test_warm_up_stay_decay():
+    factor = wsd(100, warmup=0.1, decay=0.4, floor=0.1)
+    assert [factor(s) for s in (0, 9, 10, 60)] == [0.1, 1.0, 1.0, 1.0]
+    assert factor(80) == pytest.approx(0.55) and factor(100) == pytest.approx(0.1)
+
+
+def test_schedules_without_sense():
+    with pytest.raises(ValueError, match="scheduler.warmup: expected 0 to 1, got 2"):
+        cosine(10, warmup=2, floor=0)
+    with pytest.raises(ValueError, match="scheduler.decay: expected at most 1 - warmup = 0.5, got 0.6"):
+        wsd(10, warmup=0.5, decay=0.6, floor=0)
+
+
+# Runs
+
+
+def test_a_run_leaves_what_people_expect(tmp_path, capsys):
+    folder, often = tmp_path / "run", dict(checkpoint_every=10, keep=2)
+    closing = run(folder, picture=True, tensorboard="true", steps=30, sequence_length=64, log_every=1, **often)
+    train = [line for line in written(folder) if line["split"] == "train"]
+    assert [line["step"] for line in train] == list(range(1, 31))
+    assert [line["tokens"] for line in train] == list(range(128, 30 * 128 + 1, 128))
+    assert train[0]["bits_per_byte"] == pytest.approx(8, abs=0.3) and train[-1]["bits_per_byte"] < 5
+    assert all(line["grad_norm"] > 0 for line in train) and train[-1]["lr"] < 0.2 * max(line["lr"] for line in train)
+    assert [line["step"] for line in written(folder) if line["split"] == "validation"] == [4, 8, 12, 16, 20, 24, 28]
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-00000020", "step-00000030"]
+    assert list((folder / "tensorboard").iterdir()) and (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert "seed: 0" in (folder / "config.yaml").read_text() and "${" not in (folder / "config.yaml").read_text()
+    assert (folder / "sample.txt").read_text().startswith("def ")
+    out = capsys.readouterr().out
+    for fact in ("step 30/30", "bits/byte", "tokens/s", f"{closing['parameters']:,}", "MiB", closing["checkpoint"]):
+        assert fact in out
+    assert f"{closing['bits_per_byte']:.4f} bits per byte" in out and f"{closing['xz_bits_per_byte']:.4f}" in out
+
+
+def test_bits_per_byte_are_all_nats_over_bytes(tmp_path):
+    closing = run(tmp_path / "run", steps=6)
+    model = SeqZooForCausalLM.from_pretrained(closing["checkpoint"]).eval()
+    validation = stdlib(validation_share=0.2, folder=str(tmp_path / "text")).validation
+    line, text = [], b""
+    for document, _ in validation.read():
+        if len(text) < 600:
+            text += document
+            line += [256, *document]
+    line.append(256)
+    nats, length = 0.0, 24
+    for row in range(0, len(line) - 1, length):  # each document's part of a row alone, with nothing before it
+        begins = [row] + [i for i in range(row + 1, min(row + length, len(line) - 1)) if line[i] == 256]
+        for begin, end in zip(begins, [*begins[1:], min(row + length, len(line) - 1)], strict=True):
+            piece = torch.tensor(line[begin : end + 1])
+            with torch.no_grad():
+                logits = model(piece[None, :-1]).logits[0]
+            nats += F.cross_entropy(logits, piece[1:], reduction="sum").item()
+    assert closing["validation_bytes"] == len(text)
+    assert closing["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text), rel=1e-5)
+
+
+def test_micro_batches_are_one_batch(tmp_path):
+    def numbers(name, **sizes):
+        run(tmp_path / name, steps=3, log_every=1, **sizes)
+        return [[x for x in line.values() if not isinstance(x, str)] for line in written(tmp_path / name)[:3]]
+
+    one, two = numbers("one", batch_size=4), numbers("two", batch_size=2, accumulate=2)
+    assert len(one) == 3 and all(a == pytest.approx(b, rel=1e-4) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("choice", ["optimizer=adamw", "scheduler=wsd", "trainer.precision=bf16"])
+def test_choices_train(choice, tmp_path):
+    closing = run(tmp_path / "run", choice, "trainer.gradient_checkpointing=true", steps=20, sequence_length=64)
+    assert closing["bits_per_byte"] < 6.5
+
+
+def test_experts_are_counted(tmp_path):
+    run(tmp_path / "run", model=HYBRID, steps=2, accumulate=2)
+    (line,) = (line for line in written(tmp_path / "run") if line["split"] == "train")
+    known = {"step", "split", "tokens", "loss", "bits_per_byte", "lr", "grad_norm"}
+    assert line.keys() > known and all(math.isfinite(line[name]) for name in line.keys() - {"split"})
+
+
+@pytest.mark.parametrize(
+    "override, error, says",
+    [
+        ("trainer.step=3", ConfigCompositionException, "trainer.step"),
+        ("+trainer.stpes=3", TypeError, "stpes"),
+        ("+optimizer.beta=3", TypeError, "beta"),
+        ("+data.fold=3", TypeError, "fold"),
+        ("model=nothing", MissingConfigException, "model/nothing"),
+        ("+model.heads=3", ValueError, "heads"),
+        ("trainer.steps=0", ValueError, "trainer.steps: expected at least 1, got 0"),
+        ("trainer.precision=fp8", ValueError, "trainer.precision: expected one of"),
+        ("trainer.clip=0", ValueError, "trainer.clip: expected a norm above 0 or null, got 0"),
+        ("trainer.wandb=true", ValueError, "trainer.wandb: expected the package wandb"),
+        ("model.vocab_size=250", ValueError, "model.vocab_size: expected at least 257"),
+        ("data.folder=/nothing", ValueError, "data.folder: expected .py files"),
+    ],
+)
+def test_configurations_that_cannot_be(override, error, says, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(error) as caught:
+        run(tmp_path / "run", override)
+    assert says in f"{caught.value} {caught.value.__cause__}"
+
+
+def poison(monkeypatch, steps, name="loss"):
+    """Make the loss, or the gradient, of some steps not finite."""
+    backward, count = trainer_module.Trainer._backward, [0]
+
+    def poisoned(self, batches):
+        stats, nats, loss = backward(self, batches)
+        count[0] += 1
+        if count[0] in steps and name == "gradient":
+            self.params[0].grad.view(-1)[0] = math.inf
+        elif count[0] in steps:
+            loss, nats = loss * math.nan, nats * math.nan
+        return stats, nats, loss
+
+    monkeypatch.setattr(trainer_module.Trainer, "_backward", poisoned)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped(what, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, {3, 4, 7}, what)
+    closing = run(tmp_path / "run", steps=8, log_every=1, max_skips=3)
+    out = capsys.readouterr().out
+    assert "step 4 skipped" in out and "2 in a row" in out and "step 7 skipped" in out
+    assert [line["step"] for line in written(tmp_path / "run") if line["split"] == "train"] == [1, 2, 5, 6, 8]
+    assert math.isfinite(closing["bits_per_byte"])
+
+
+def test_many_such_steps_end_the_run(tmp_path, monkeypatch):
+    poison(monkeypatch, range(5, 100))
+    with pytest.raises(RuntimeError, match="3 steps in a row were not finite, the last is 7; .*step-00000003"):
+        run(tmp_path / "run", max_skips=3)
+
+
+# Ends
+
+
+def test_the_first_signal_is_noted_and_the_second_ends():
+    with StopRequest() as stop:
+        assert stop.received is None
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.sigtimedwait([], 1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_log_goes_on_from_its_step(tmp_path):
+    lines = [dict(step=s, split="train", loss=1.0) for s in (1, 2, 3)] + [dict(step=2, split="final")]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "spl')
+    assert len(records(tmp_path)) == 4
+    log = Logbook(tmp_path, 2, tensorboard=False, wandb=False, config={})
+    log.write("train", 3, loss=2.0)
+    log.close()
+    assert [(line["step"], line.get("loss")) for line in records(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+
+
+def test_several_runs_from_one_command(tmp_path):
+    command = [sys.executable, "-m", "seqzoo.train", "-m", *options(tmp_path / "run", steps=2), "seed=1,2"]
+    command += [f"hydra.sweep.dir={tmp_path}/sweep"]
+    quick = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=quick)
+    assert done.returncode == 0, done.stderr
+    one, two = written(tmp_path / "sweep" / "0"), written(tmp_path / "sweep" / "1")
+    assert [line["split"] for line in one] == ["train", "final"] and one[0]["loss"] != two[0]["loss"]
