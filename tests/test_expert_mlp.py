@@ -30,8 +30,17 @@ def compare(ours, truth, **tolerance):
         assert_close(a, b, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_the_definition_is_the_formula():
+    """Every expert on every token, weighted by what its slots add up to."""
+    x, chosen, weight, gate_up, down = expert_mlp_inputs(**EXPERT_LOADS["few"], dtype=torch.float64)
+    gate, up = torch.einsum("nd,ejd->nej", x, gate_up).chunk(2, dim=-1)
+    each = torch.einsum("nei,edi->ned", torch.nn.functional.silu(gate) * up, down)
+    share = torch.nn.functional.one_hot(chosen, len(down)).to(weight) * weight[..., None]
+    assert_close(EXPERT_MLP["reference"](x, chosen, weight, gate_up, down), torch.einsum("nje,ned->nd", share, each))
+
+
 @pytest.mark.parametrize("load", EXPERT_LOADS)
-@pytest.mark.parametrize("backend", EXPERT_MLP)
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
 def test_is_the_definition(backend, load):
     inputs = expert_mlp_inputs(**EXPERT_LOADS[load], dtype=DTYPE[backend])
     compare(

@@ -125,7 +125,8 @@ struct Stripes {
   long most_panels() const { return (panels + stripes - 1) / stripes; }
 };
 
-// out [N, columns] += a [rows, K] B_e for one stripe, expert after expert; `pack(e, panel, to)` packs B_e's columns.
+// out [N, columns] += a [rows, K] B_e for one stripe, expert after expert. `pack(e, panel, to)` packs B_e's columns; `direct(e, panel,
+// a, n, buffer)` multiplies n rows by B_e as it stands, for experts with few rows (null where B_e does not allow that).
 template <typename T, typename Pack, typename Direct>
 void add_stripe(const Stripes& s, long task, const Rows& rows, std::pair<int, int> group, const T* a, long K, float* out, Pack pack,
                 Direct direct) {
@@ -140,8 +141,8 @@ void add_stripe(const Stripes& s, long task, const Rows& rows, std::pair<int, in
     const int32_t* token = rows.token.data();
     const long first = std::lower_bound(token + expert.first, token + expert.last, t0) - token;
     const long last = std::lower_bound(token + first, token + expert.last, t1) - token;
-    const bool few = last - first <= FEW && direct(expert, 0, nullptr, 0, nullptr);
     if (first == last) continue;
+    const bool few = !std::is_null_pointer_v<Direct> && expert.last - expert.first <= FEW;
     for (long p = p0; !few && p < p1; p++) pack(expert, p, packed + (p - p0) * depth * PANEL);
     for (long row = first; row < last;) {
       const int n = share(last - row, few ? DOT_ROWS : WIDE_ROWS);
@@ -157,8 +158,9 @@ void add_stripe(const Stripes& s, long task, const Rows& rows, std::pair<int, in
         }
         float* aside[WIDE_ROWS];
         for (int i = 0; i < n; i++) aside[i] = buffer[i];
-        if (few) direct(expert, p, from, n, buffer);
-        else tile_of<T>(n, depth, from, 1, packed + (p - p0) * depth * PANEL, aside, false);
+        if constexpr (!std::is_null_pointer_v<Direct>)
+          if (few) direct(expert, p, from, n, buffer);
+        if (!few) tile_of<T>(n, depth, from, 1, packed + (p - p0) * depth * PANEL, aside, false);
         for (int i = 0; i < n; i++)
           for (int j = 0; j < width; j++) into[i][j] += buffer[i][j];
       }
@@ -233,8 +235,7 @@ int forward(const Sizes& s, const T* x, const int64_t* chosen, const float* weig
     pack_rows(to, down + e.id * s.D * s.I + p * PANEL * s.I, s.I, panel_width(s.D, p), s.I);
   };
   const auto direct = [&](const Expert& e, long p, const void* const* a, int n, float (*buffer)[PANEL]) {
-    if (n) direct_rows(s.I, a, n, down + e.id * s.D * s.I + p * PANEL * s.I, panel_width(s.D, p), buffer, 0);
-    return true;
+    direct_rows(s.I, a, n, down + e.id * s.D * s.I + p * PANEL * s.I, panel_width(s.D, p), buffer, 0);
   };
   for (auto group : rows.groups) {
     const long base = rows.hit[group.first].first;
@@ -368,7 +369,6 @@ int backward(const Sizes& s, const T* x, const int64_t* chosen, const float* wei
     const T* w = gate_up + e.id * 2 * s.I * s.D + p * PANEL;
     pack_columns<T>(to, PANEL, [&](long j) { return w + j * s.D; }, panel_width(s.D, p), 2 * s.I);
   };
-  const auto direct = [](const Expert&, long, const void* const*, int, float (*)[PANEL]) { return false; };
   const long panels = panels_of(s.D);
   if (dgate_up) {
     large_pages(dgate_up, s.E * 2 * s.I * s.D * (long)sizeof(T)), large_pages(ddown, s.E * s.I * s.D * (long)sizeof(T));
@@ -390,7 +390,7 @@ int backward(const Sizes& s, const T* x, const int64_t* chosen, const float* wei
       for (size_t t = 0; t < tasks.size(); t++) gates_task(s, rows, group, tasks[t], dy, weight, down, gates, between, dweight);
 #pragma omp for schedule(dynamic) nowait
       for (long t = 0; t < (dx ? stripes.count() : 0); t++)
-        add_stripe(stripes, t, rows, group, between.gates.get(), 2 * s.I, dx, pack, direct);
+        add_stripe(stripes, t, rows, group, between.gates.get(), 2 * s.I, dx, pack, nullptr);
 #pragma omp for schedule(dynamic)
       for (long t = 0; t < weights; t++)
         weights_task(s, rows, group, group.first + (int)(t / panels), t % panels, x, dy, between, dgate_up, ddown);

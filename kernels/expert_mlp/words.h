@@ -10,6 +10,8 @@
 #include <immintrin.h>
 #endif
 
+#define UNROLLED _Pragma("GCC unroll 8")  // else the sums move to memory at a loop's end
+
 namespace seqzoo {
 
 typedef int32_t Word;
@@ -54,8 +56,8 @@ __attribute__((noinline)) void tile(long K, const void* const* a, long a_step, c
       for (int j = 0; j < WIDE; j++) multiply_add<T>(sums[i][j], from_a, from_b[j]);
     }
   }
-  for (int i = 0; i < MR; i++)
-    for (int j = 0; j < WIDE; j++) {
+  UNROLLED for (int i = 0; i < MR; i++)  // row by row: two of them may be the same place
+    UNROLLED for (int j = 0; j < WIDE; j++) {
       float* p = c[i] + j * LANES;
       store(p, add ? load(p) + sums[i][j] : sums[i][j]);
     }
@@ -82,6 +84,7 @@ inline float total(Vec x) {  // by halves: four steps for sixteen lanes
 
 // out[r][q] = a[r] . w[q] over K words: for so few rows that packing w would cost more than it saves.
 constexpr int DOT_ROWS = 4, DOT_COLS = 4;
+constexpr long AHEAD = 8192;  // bytes: weights come from far away and once, so they are asked for early
 template <typename T, int MR> inline void dots(long K, const void* const* a, const void* const* w, float (*out)[PANEL], int at) {
   Vec sums[MR][DOT_COLS] = {};
   for (long k = 0; k < K; k += LANES) {
@@ -94,7 +97,10 @@ template <typename T, int MR> inline void dots(long K, const void* const* a, con
       memcpy(&some, q, left * sizeof(Word));
       return some;
     };
-    for (int q = 0; q < DOT_COLS; q++) from_w[q] = fetch(w[q]);
+    for (int q = 0; q < DOT_COLS; q++) {
+      from_w[q] = fetch(w[q]);
+      __builtin_prefetch((const char*)w[q] + k * sizeof(Word) + AHEAD);
+    }
     for (int r = 0; r < MR; r++) {
       const VecInt from_a = fetch(a[r]);
       for (int q = 0; q < DOT_COLS; q++) multiply_add<T>(sums[r][q], from_a, from_w[q]);
@@ -123,6 +129,7 @@ template <typename T> void pack_rows(Word* to, const T* b, long b_row, int cols,
     for (long k0 = 0; k0 < n; k0 += LANES) {
       if (j0 + LANES <= cols && k0 + LANES <= n) {
         VecInt r[LANES];
+        for (int j = 0; j < LANES; j++) __builtin_prefetch(b + (j0 + LANES + j) * b_row + k0 * PER_WORD<T>);
         for (int j = 0; j < LANES; j++) r[j] = load_words(b + (j0 + j) * b_row + k0 * PER_WORD<T>);
         transpose_steps<LANES / 2>(r);
         for (int k = 0; k < LANES; k++) store_words(to + (k0 + k) * PANEL + j0, r[k]);
