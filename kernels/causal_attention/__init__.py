@@ -1,0 +1,1 @@
+from seqzoo.kernels.causal_attention.op import causal_attention

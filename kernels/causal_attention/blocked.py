@@ -1,0 +1,113 @@
+"""Causal attention in torch: documents, windows and kept keys as calls of `scaled_dot_product_attention`.
+
+Nothing here ever holds a T x T mask, and a window costs O(T x window) in time and memory.
+
+B batch   T queries   S keys   H query heads   G key heads (H a multiple of G)   K, V head widths of keys and values
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 256  # [queries] at a time where a mask is needed
+
+
+def causal_attention_blocked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None = None,
+    query_document: Tensor | None = None,
+    key_document: Tensor | None = None,
+) -> Tensor:
+    """Same as `causal_attention_reference`."""
+    T, S = q.shape[2], k.shape[2]
+    if T == 1:
+        low = 0 if window is None else max(0, S - window)
+        seen = None if key_document is None else _same(query_document, key_document[:, low:])[:, 0]
+        return _one_query(q, k[:, :, low:], v[:, :, low:], seen)
+    if T == S and key_document is None:
+        return _document(q, k, v, window)
+    if T == S and _packed(query_document, key_document):
+        return _documents(q, k, v, window, key_document)
+    return _masked(q, k, v, window, query_document, key_document)
+
+
+def _packed(query_document: Tensor, key_document: Tensor) -> bool:
+    """Whether documents stand one behind the other and every token is seen."""
+    if query_document is not key_document and not torch.equal(query_document, key_document):
+        return False
+    return bool((key_document.diff(dim=1) >= 0).all() & (key_document[:, 0] >= 0).all())
+
+
+def _documents(q: Tensor, k: Tensor, v: Tensor, window: int | None, document: Tensor) -> Tensor:
+    """Each document by itself."""
+    B, T = document.shape
+    first = F.pad(document.diff(dim=1) != 0, (1, 0), value=True)
+    edges = first.flatten().nonzero()[:, 0]
+    lengths = edges.diff(append=edges.new_tensor([B * T])).tolist()
+    rows = [x.transpose(0, 1).flatten(1, 2)[None].split(lengths, dim=2) for x in (q, k, v)]  # [1, heads, length, width]
+    pieces = [_document(*piece, window) for piece in zip(*rows, strict=True)]
+    return torch.cat(pieces, dim=2)[0].unflatten(1, (B, T)).transpose(0, 1)
+
+
+def _document(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """One document, from its first token on."""
+    T = q.shape[2]
+    if window is None or T <= window:
+        return _softmax(q, k, v, is_causal=True)
+    C = max(window, 64)  # [tokens] a block of queries sees its own block of keys and the one before
+    N = -(-T // C)
+    q, k, v = (F.pad(x, (0, 0, 0, N * C - T)).unflatten(2, (N, C)) for x in (q, k, v))
+    first = _blocks(q[:, :, :1], k[:, :, :1], v[:, :, :1], C, window)
+    if N == 1:
+        return first.flatten(2, 3)[:, :, :T]
+    k, v = (torch.cat([x[:, :, :-1], x[:, :, 1:]], dim=3) for x in (k, v))  # [B, G, N-1, 2C, width]
+    return torch.cat([first, _blocks(q[:, :, 1:], k, v, C, window)], dim=2).flatten(2, 3)[:, :, :T]
+
+
+def _blocks(q: Tensor, k: Tensor, v: Tensor, C: int, window: int) -> Tensor:
+    """q [B, H, N, C, K], k and v [B, G, N, C or 2C, width] ending where q ends: blocks as a batch."""
+    S = k.shape[3]
+    back = torch.arange(S - C, S, device=q.device)[:, None] - torch.arange(S, device=q.device)
+    o = _softmax(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)), attn_mask=(back >= 0) & (back < window))
+    return o.unflatten(0, (q.shape[0], -1)).transpose(1, 2)
+
+
+def _masked(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, query_document: Tensor | None, key_document: Tensor | None
+) -> Tensor:
+    """Any documents and any keys kept from before, a block of queries with its own mask at a time."""
+    T, S = q.shape[2], k.shape[2]
+    out = []
+    for a in range(0, T, BLOCK):
+        b = min(a + BLOCK, T)
+        low, high = 0 if window is None else max(0, S - T + a - window + 1), S - T + b
+        back = torch.arange(S - T + a, high, device=q.device)[:, None] - torch.arange(low, high, device=q.device)
+        mask = (back >= 0) & (back < (window or S))
+        if key_document is not None:
+            mask = (mask & _same(query_document[:, a:b], key_document[:, low:high]))[:, None]
+        out.append(_softmax(q[:, :, a:b], k[:, :, low:high], v[:, :, low:high], attn_mask=mask))
+    return torch.cat(out, dim=2)
+
+
+def _same(query_document: Tensor, key_document: Tensor) -> Tensor:
+    """[B, T, S] bool: of one document, and of any."""
+    return (query_document[:, :, None] == key_document[:, None]) & (key_document >= 0)[:, None]
+
+
+def _softmax(q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:
+    """Unequal widths are made equal with zeros, which cost less than the dense path torch takes for them."""
+    K, V = q.shape[-1], v.shape[-1]
+    q, k, v = (F.pad(x, (0, max(K, V) - x.shape[-1])) if K != V else x for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=K**-0.5, enable_gqa=q.shape[1] != k.shape[1], **how)[..., :V]
+
+
+def _one_query(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+    """q [B, H, 1, K], seen [B, S]. Grouped query heads are the rows of one product, so no key is repeated."""
+    G = k.shape[1]
+    scores = q.unflatten(1, (G, -1))[:, :, :, 0] @ k.mT * q.shape[-1] ** -0.5  # [B, G, H/G, S]
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    if seen is not None:
+        scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+    return (scores.softmax(-1).to(v.dtype) @ v).flatten(1, 2)[:, :, None]

@@ -1,0 +1,70 @@
+"""causal_attention: the public op. Everything above this folder calls this and nothing else in it."""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from seqzoo.kernels.causal_attention.blocked import causal_attention_blocked
+from seqzoo.kernels.causal_attention.cpp import causal_attention_cpp, usable
+from seqzoo.kernels.causal_attention.reference import causal_attention_reference
+from seqzoo.kernels.dispatch import choose
+
+BACKENDS = {
+    "reference": causal_attention_reference,
+    "torch": causal_attention_blocked,
+    "cpp": causal_attention_cpp,  # float32 and bfloat16 on a CPU
+}
+
+
+def causal_attention(
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B G S K"],
+    v: Float[Tensor, "B G S V"],
+    *,
+    window: int | None = None,
+    query_document: Int64[Tensor, "B T"] | None = None,
+    key_document: Int64[Tensor, "B S"] | None = None,
+) -> Float[Tensor, "B H T V"]:
+    """Every query looks at the keys of its own document up to itself. Definition: `reference.py`.
+
+    The last T of the S keys are the queries' own, those before them were kept from earlier calls. A sequence alone:
+    neither document argument. Packed documents: `key_document`. One query over a ring of keys, whose order is not
+    that of time: both, with T = 1 and no window.
+
+    Args:
+        q: queries, any strides; nothing is copied where the elements of a head stand side by side.
+        k, v: keys and values; H is a multiple of G, and each serves H / G query heads that follow each other.
+        window: [tokens] a query sees at most that many, itself and those right before it; None is all.
+        query_document: number of each query's document, 0 to 2^31 - 1; None is the last T of `key_document`.
+        key_document: number of each key's document, -1 is seen by nobody; None is one document. Every query must find
+            a key that it sees, which its own is; what comes out for another is not defined.
+
+    Returns:
+        o, in q's dtype.
+
+    Raises:
+        ValueError: shapes or dtypes that do not agree, a window below 1, queries' documents without the keys', or a
+            forced backend that cannot run this.
+    """
+    (B, H, T, K), (G, S) = q.shape, k.shape[1:3]
+    expected = dict(k=(B, G, S, K), v=(B, G, S, v.shape[-1]), query_document=(B, T), key_document=(B, S))
+    for (name, shape), x in zip(expected.items(), (k, v, query_document, key_document), strict=True):
+        if x is not None and tuple(x.shape) != shape:
+            raise ValueError(f"causal_attention: {name}: expected shape {shape}, got {tuple(x.shape)}")
+    if not 1 <= T <= S:
+        raise ValueError(f"causal_attention: q: expected 1 to S={S} queries, got {T}")
+    if not G or H % G:
+        raise ValueError(f"causal_attention: q: expected a multiple of the keys' {G} heads, got {H}")
+    if window is not None and window < 1:
+        raise ValueError(f"causal_attention: window: expected None or 1 and more tokens, got {window}")
+    if key_document is None and query_document is not None:
+        raise ValueError("causal_attention: key_document: expected one beside query_document, got None")
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    for name, x in dict(k=k, v=v).items():
+        if x.dtype != q.dtype:
+            raise ValueError(f"causal_attention: {name}: expected q's dtype {q.dtype}, got {x.dtype}")
+    if key_document is not None and query_document is None:
+        query_document = key_document[:, S - T :] if T < S else key_document
+    name = choose(BACKENDS, tokens=S, device=q.device, able=lambda name: usable(q))
+    return BACKENDS[name](q, k, v, window, query_document, key_document)
