@@ -15,7 +15,8 @@ SOURCE = '#include "gemm.h"\nextern "C" int answer() { return %d; }\n'
 PRODUCT = """
 #include "gemm.h"
 using namespace seqzoo;
-extern "C" void product(const long* n, float* A, float* B, float* C) {  // n: M, N, K, a_row, a_col, c_row, transposed, into
+// n: M, N, K, a_row, a_col, c_row, transposed, into
+extern "C" void product(const long* n, float* A, float* B, float* C) {
   if (n[6]) gemm_nt(n[0], n[1], n[2], A, n[3], n[4], B, n[2], C, n[5], (Into)n[7]);
   else gemm(n[0], n[1], n[2], A, n[3], n[4], B, n[1], C, n[5], (Into)n[7]);
 }
