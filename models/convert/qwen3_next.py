@@ -237,7 +237,7 @@ def _derive(ours: SeqZooConfig) -> dict[str, Any]:
             found.setdefault(spec["kind"], spec)
         kinds.append({"gated_deltanet": "linear_attention", "attention": "full_attention"}[mixer["kind"]])
         sparse.append(channel["kind"] == "moe")
-    arguments = {name: getattr(ours, name) for name in _PASSED if getattr(ours, name) is not None}
+    arguments = {name: getattr(ours, name) for name in _PASSED if getattr(ours, name, None) is not None}
     arguments |= dict(
         layer_types=kinds, rms_norm_eps=ours.norm_eps, num_experts=0, tie_word_embeddings=ours.tie_word_embeddings
     )
