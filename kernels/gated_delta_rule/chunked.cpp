@@ -21,7 +21,8 @@ using namespace seqzoo;
 
 namespace {
 
-constexpr int CHUNK = 64;               // tokens
+constexpr int CHUNK = 64;               // tokens; fewer would be faster by a tenth, but backward keeps a memory per chunk
+constexpr int READING = 32;             // the same where nothing is kept
 constexpr int LOWER_ROWS = 12;          // of a triangular product at a time; what lies right of them is skipped
 constexpr int64_t SHARE_FROM = 1 << 18;  // multiplications from which on steps are worth a second thread
 
@@ -63,10 +64,10 @@ void scaled_row(float* to, const float* from, float by, int width) {
 }
 
 // The first tokens of a sequence's chunks, and T.
-void cut(const uint8_t* starts, int64_t T, std::vector<int64_t>& at) {
+void cut(const uint8_t* starts, int64_t T, int length, std::vector<int64_t>& at) {
   at.clear();
   for (int64_t t = 0; t < T; t++)
-    if (at.empty() || t - at.back() == CHUNK || (starts && starts[t])) at.push_back(t);
+    if (at.empty() || t - at.back() == length || (starts && starts[t])) at.push_back(t);
   at.push_back(T);
 }
 
@@ -144,7 +145,6 @@ void solve(int c, bool transposed, const float* L, const float* beta, float* Z, 
 struct Work {
   const Call& a;
   const int K, V, KP, VP;
-  std::vector<float> memory;
   float *q, *k, *kT, *L, *P, *D, *error, *x, *z, *S;  // of forward, and recomputed by backward
   float *y, *d_reads, *zT, *dL, *dP, *dqk, *dS;       // of backward only
   float G[CHUNK + LANES], rest[CHUNK + LANES], e[CHUNK + LANES], f[CHUNK + LANES], beta[CHUNK];
@@ -162,6 +162,7 @@ struct Work {
     }
     size_t total = LANES;
     for (const Piece& p : pieces) total += padded(p.size);
+    static thread_local std::vector<float> memory;  // kept from call to call: fresh pages cost as much as a short sequence
     memory.assign(total, 0.0f);
     float* next = memory.data();
     while ((uintptr_t)next % sizeof(Vec)) next++;
@@ -328,9 +329,9 @@ struct Cuts {
   std::vector<std::vector<int64_t>> at;
   std::vector<int64_t> before{0};
 
-  explicit Cuts(const Call& a) : at(a.B) {
+  Cuts(const Call& a, int length) : at(a.B) {
     for (int64_t b = 0; b < a.B; b++) {
-      cut(a.starts ? a.starts + b * a.T : nullptr, a.T, at[b]);
+      cut(a.starts ? a.starts + b * a.T : nullptr, a.T, length, at[b]);
       before.push_back(before.back() + at[b].size() - 1);
     }
   }
@@ -403,11 +404,11 @@ void step(const Call& a, int64_t b, int64_t h, float* row) {
 extern "C" {
 
 // How many chunks `forward` will keep a memory of.
-int64_t gated_delta_rule_chunks(const Call* call) { return Cuts(*call).before.back(); }
+int64_t gated_delta_rule_chunks(const Call* call) { return Cuts(*call, CHUNK).before.back(); }
 
 void gated_delta_rule_forward(const Call* call) {
   const Call& a = *call;
-  const Cuts cuts(a);
+  const Cuts cuts(a, a.kept ? CHUNK : READING);
 #pragma omp parallel num_threads(a.threads)
   {
     Work w(a, false);
@@ -429,7 +430,7 @@ void gated_delta_rule_forward(const Call* call) {
 // The two grouped ones are room for dq and dk per value head, [B, T, HV, K], where key heads have several; else null.
 void gated_delta_rule_backward(const Call* call, float* dq_grouped, float* dk_grouped) {
   Call a = *call;
-  const Cuts cuts(a);
+  const Cuts cuts(a, CHUNK);
   if (a.HV > a.H) a.dq = (char*)dq_grouped, a.dk = (char*)dk_grouped;
 #pragma omp parallel num_threads(a.threads)
   {
