@@ -2,8 +2,8 @@
 
     python -m seqzoo.benchmarks.bench_attention --cases prefill train --dtypes fp32 bf16 --lengths 1024 4096
 
-prefill: T queries over T keys. train: the same, forward and backward. window: a window of 128 tokens, against torch with all keys
-and against our torch backend. decode: one query over T kept keys. Equal results are checked before anything is timed.
+prefill: T queries over T keys. train: the same, forward and backward. window: 128 tokens, against torch with all keys
+and our torch backend. decode: one query over T kept keys. Equal results are checked before anything is timed.
 """
 
 import argparse

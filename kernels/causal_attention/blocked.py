@@ -54,7 +54,7 @@ def _documents(q: Tensor, k: Tensor, v: Tensor, window: int | None, document: Te
 def _document(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     """One document, from its first token on."""
     T = q.shape[2]
-    if window is None or T <= window:
+    if window is None or window >= T:
         return _softmax(q, k, v, is_causal=True)
     C = max(window, 64)  # [tokens] a block of queries sees its own block of keys and the one before
     N = -(-T // C)
@@ -106,8 +106,8 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:
 def _one_query(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
     """q [B, H, 1, K], seen [B, S]. Grouped query heads are the rows of one product, so no key is repeated."""
     G = k.shape[1]
-    scores = q.unflatten(1, (G, -1))[:, :, :, 0] @ k.mT * q.shape[-1] ** -0.5  # [B, G, H/G, S]
-    scores = scores if scores.dtype == torch.float64 else scores.float()
+    scores = q.unflatten(1, (G, -1))[:, :, :, 0] @ k.mT  # [B, G, H/G, S]
+    scores = (scores if scores.dtype == torch.float64 else scores.float()) * q.shape[-1] ** -0.5
     if seen is not None:
         scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
     return (scores.softmax(-1).to(v.dtype) @ v).flatten(1, 2)[:, :, None]

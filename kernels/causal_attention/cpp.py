@@ -1,6 +1,6 @@
 """Causal attention in C++ on a CPU: `attention.cpp`, compiled on first use, forward and backward.
 
-float32 and bfloat16, scores and sums in float32. Two runs give the same bits, and outputs the same alone and in a batch.
+float32 and bfloat16, scores and sums in float32. Two runs give the same bits, outputs the same alone and in a batch.
 """
 
 import ctypes
