@@ -144,12 +144,12 @@ template <typename T> struct Between {
   std::unique_ptr<Word[]> gate_pairs, hidden_pairs;
   static constexpr bool PAIRED = PER_WORD<T> == 2;
   Between(const Sizes& s, long rows, long experts) : gates(new T[rows * 2 * s.I]), hidden(new T[rows * s.I]) {
-    if (PAIRED) gate_pairs.reset(new Word[(rows + experts + 1) / 2 * 2 * s.I]), hidden_pairs.reset(new Word[(rows + experts + 1) / 2 * s.I]);
+    if (PAIRED) gate_pairs.reset(new Word[(rows + experts) / 2 * 2 * s.I]), hidden_pairs.reset(new Word[(rows + experts) / 2 * s.I]);
   }
 };
 
 long first_pair(const Rows& rows, std::pair<int, int> group, int e) {  // every expert before it may have left half a pair open
-  return (rows.hit[e].first - rows.hit[group.first].first + (e - group.first) + 1) / 2;
+  return (rows.hit[e].first - rows.hit[group.first].first + (e - group.first)) / 2;
 }
 
 template <typename T>

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqzoo.kernels import native as toolchain
+from seqzoo.kernels.native import library, usable
 
 NAME, SOURCE = "expert_mlp", Path(__file__).with_name("expert_mlp.cpp")
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -17,13 +17,13 @@ FORWARD_POINTERS, BACKWARD_POINTERS = 7, 11
 
 def runs(x: Tensor) -> bool:
     """Whether this backend takes x: its device and dtype, and a compiler that works."""
-    return x.device.type == "cpu" and x.dtype in SUFFIX and toolchain.usable(NAME, SOURCE)
+    return x.device.type == "cpu" and x.dtype in SUFFIX and usable(NAME, SOURCE)
 
 
 @cache
 def _functions(dtype: torch.dtype) -> tuple[ctypes._CFuncPtr, ctypes._CFuncPtr]:
-    library = toolchain.library(NAME, [SOURCE])
-    forward, backward = (getattr(library, f"{NAME}_{way}_{SUFFIX[dtype]}") for way in ("forward", "backward"))
+    built = library(NAME, [SOURCE])
+    forward, backward = (getattr(built, f"{NAME}_{way}_{SUFFIX[dtype]}") for way in ("forward", "backward"))
     forward.argtypes = [ctypes.POINTER(ctypes.c_long), *[ctypes.c_void_p] * FORWARD_POINTERS]
     backward.argtypes = [ctypes.POINTER(ctypes.c_long), *[ctypes.c_void_p] * BACKWARD_POINTERS]
     return forward, backward
