@@ -56,8 +56,10 @@ class Places(NamedTuple):
 class TrainingBatches:
     """Batches without end: epoch after epoch, each in an order of its own, exact to resume.
 
-    Documents are shuffled in blocks: `shuffle_buffer` of them are read, dealt in a drawn order, and the next are read.
-    So a state is a position in the source and four counts, however large the buffer.
+    Documents are read in blocks of `shuffle_buffer`, dealt in a drawn order, cut into rows, and the rows dealt again: a
+    batch of neighbouring rows would be one long document, and its gradient that document's. So a state is a block's
+    position in the source and how many of its rows are used. The last row of a block is filled up with targets that
+    count for nothing.
 
     Args:
         source: the documents.
@@ -79,22 +81,22 @@ class TrainingBatches:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         self.source, self.tokenizer, self.rows, self.length = source, tokenizer, rows, length
         self.seed, self.buffer = seed, shuffle_buffer
-        self._start(dict(epoch=0, block=0, position=None, taken=0, used=0))
+        self._start(dict(epoch=0, block=0, position=None, used=0))
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        wanted, parts = self.rows * self.length, []
+        wanted, parts = self.rows, []
         while wanted:
-            if self.used == self.places.inputs.shape[0]:
-                self.places, self.place = next(self.documents)
+            if self.used == len(self.order):
+                self._next_block()
                 self.used = 0
-            part = Places(*(x[self.used : self.used + wanted] for x in self.places))
-            parts.append(part)
-            wanted -= part.inputs.shape[0]
-            self.used += part.inputs.shape[0]
-        return Places(*map(torch.cat, zip(*parts, strict=True))).rows(self.length)
+            some = self.order[self.used : self.used + wanted]
+            parts.append(Places(*(x[some].long() for x in self.places)))
+            wanted -= len(some)
+            self.used += len(some)
+        return Places(*(torch.cat(x).flatten() for x in zip(*parts, strict=True))).rows(self.length)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch begins; plain JSON."""
@@ -113,28 +115,36 @@ class TrainingBatches:
     def _start(self, state: dict[str, Any]) -> None:
         self.used = state["used"]
         self.place = {name: value for name, value in state.items() if name != "used"}
-        self.documents = self._read(**self.place)
-        self.places = _NO_PLACES
+        self.blocks = self._read(**self.place)
+        self.order: list[int] = []
         if self.used:
-            self.places, self.place = next(self.documents)
+            self._next_block()
 
-    def _read(self, epoch: int, block: int, position: Position, taken: int) -> Iterator[tuple[Places, dict[str, Any]]]:
-        """Each document with the place it is read from."""
+    def _next_block(self) -> None:
+        places, self.order, self.place = next(self.blocks)
+        self.places = Places(*(x.int().view(-1, self.length) for x in places))  # [rows of the block, length] each
+
+    def _read(self, epoch: int, block: int, position: Position) -> Iterator[tuple[Places, list[int], dict[str, Any]]]:
+        """Each block: its places, the order of its rows, and where it is read from."""
         while True:
             stream, found = self.source.read(position), False
             while documents := list(islice(stream, self.buffer)):
                 found = True
-                order = Random(f"{self.seed} {epoch} {block}").sample(range(len(documents)), len(documents))
-                for index in range(taken, len(documents)):
-                    here = dict(epoch=epoch, block=block, position=position, taken=index)
-                    yield _places(documents[order[index]][0], self.tokenizer), here
-                block, position, taken = block + 1, documents[-1][1], 0
+                draw = Random(f"{self.seed} {epoch} {block}")
+                parts = [_places(text, self.tokenizer) for text, _ in draw.sample(documents, len(documents))]
+                parts.append(_filling(-sum(part.inputs.shape[0] for part in parts) % self.length, self.tokenizer))
+                places = Places(*map(torch.cat, zip(*parts, strict=True)))
+                rows = range(places.inputs.shape[0] // self.length)
+                here = dict(epoch=epoch, block=block, position=position)
+                yield places, draw.sample(rows, len(rows)), here
+                block, position = block + 1, documents[-1][1]
             if not found and position is None:
                 raise ValueError("training data: expected documents, got none")
             epoch, block, position = epoch + 1, 0, None
 
     def _identity(self) -> dict[str, Any]:
-        return {**self.source.identity(), "seed": self.seed, "shuffle_buffer": self.buffer}
+        sizes = dict(seed=self.seed, shuffle_buffer=self.buffer, sequence_length=self.length)
+        return {**self.source.identity(), **sizes}
 
 
 class ValidationRows:
@@ -193,6 +203,3 @@ def _filling(n: int, tokenizer: Tokenizer) -> Places:
     begins = zeros.clone()
     begins[:1] = 1
     return Places(torch.full((n,), tokenizer.end), torch.full((n,), IGNORED), zeros, begins)
-
-
-_NO_PLACES = Places(*(torch.zeros(0, dtype=torch.long) for _ in Places._fields))

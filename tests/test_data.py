@@ -143,35 +143,47 @@ def test_tokenizers_that_do_not_fit(tmp_path):
 
 
 def test_every_byte_is_predicted_once_an_epoch():
-    places = sum(len(d) + 1 for d in DOCUMENTS)  # 67: three epochs are 201 places, 20 batches of 10 and one place
-    some = list(islice(batches(Given(DOCUMENTS)), 3 * places // 10 + 1))
-    inputs, _, labels = flat(some)
-    assert torch.equal(inputs[1:], labels[:-1])  # rows overlap by what is predicted and then read
-    for epoch in range(3):
-        epoch_labels = labels[epoch * places : (epoch + 1) * places]
-        assert Counter(epoch_labels.tolist()) == Counter(b"".join(DOCUMENTS)) + Counter({256: len(DOCUMENTS)})
-    read = bytes(x if x < 256 else 0 for x in inputs[: places + 1].tolist()).split(b"\0")[1:-1]
-    assert sorted(read) == sorted(DOCUMENTS) and read != DOCUMENTS
+    stream = batches(Given(DOCUMENTS), rows=1, shuffle_buffer=100)
+    rows = -(-sum(len(d) + 1 for d in DOCUMENTS) // 5)  # of 5 places, the last one filled up
+    orders = []
+    for _ in range(3):
+        inputs, _, labels = flat(list(islice(stream, rows)))
+        real = labels != IGNORED
+        assert Counter(labels[real].tolist()) == Counter(b"".join(DOCUMENTS)) + Counter({256: len(DOCUMENTS)})
+        assert torch.equal(
+            inputs.view(-1, 5)[:, 1:][real.view(-1, 5)[:, 1:]], labels.view(-1, 5)[:, :-1][real.view(-1, 5)[:, 1:]]
+        )
+        orders.append(inputs.tolist())
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_a_batch_is_not_one_document():
+    documents = [bytes([i]) * 200 for i in range(20)]
+    batch = next(batches(Given(documents), rows=8, length=20, shuffle_buffer=100))
+    assert len({row[5] for row in batch.input_ids.tolist()}) > 4
 
 
 def test_positions_begin_with_each_document_and_row():
-    for batch in islice(batches(Given(DOCUMENTS), length=7), 20):
+    for batch in islice(batches(Given(DOCUMENTS), length=7, shuffle_buffer=100), 4):  # of 10 rows, one is filled up
         for ids, positions in zip(batch.input_ids.tolist(), batch.position_ids.tolist(), strict=True):
             expected = []
             for i, token in enumerate(ids):
                 expected.append(0 if i == 0 or token == 256 else expected[-1] + 1)
             assert positions == expected
-        assert batch.num_targets == batch.shift_labels.numel()
-        assert batch.num_bytes == (batch.shift_labels < 256).sum()
+        assert batch.num_targets == (batch.shift_labels != IGNORED).sum()
+        assert batch.num_bytes == ((0 <= batch.shift_labels) & (batch.shift_labels < 256)).sum()
 
 
 def test_epochs_and_seeds_have_their_own_orders():
     def order(seed, skip):
-        stream = batches(Given(DOCUMENTS), seed=seed, shuffle_buffer=100)._read(0, 0, None, 0)
-        return [places.inputs[1].item() for places, _ in islice(stream, skip, skip + 7)]
+        stream = batches(Given(DOCUMENTS), seed=seed, shuffle_buffer=100)._read(0, 0, None)
+        places, rows, _ = next(islice(stream, skip, None))
+        return places.inputs[places.begins.bool()].tolist(), places.targets[places.begins.bool()].tolist(), rows
 
-    assert sorted(order(0, 0)) == sorted(order(0, 7)) == sorted(order(1, 0))
-    assert order(0, 0) == order(0, 0) and len({tuple(o) for o in (order(0, 0), order(0, 7), order(1, 0))}) == 3
+    assert order(0, 0) == order(0, 0)
+    for i in (1, 2):  # documents, and rows
+        assert len({tuple(o[i]) for o in (order(0, 0), order(0, 1), order(1, 0))}) == 3
+        assert sorted(order(0, 0)[i]) == sorted(order(0, 1)[i]) == sorted(order(1, 0)[i])
 
 
 def test_bytes_are_counted_whatever_a_token_is(tmp_path):
