@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from seqzoo.kernels import native
+from seqzoo.kernels.native import build
 
 NAME, SOURCE = "causal_attention", Path(__file__).with_name("attention.cpp")
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -30,13 +30,13 @@ class Call(ctypes.Structure):
 
 def usable(q: Tensor) -> bool:
     """Whether this backend takes q: its device and dtype, and a compiler that works; logs once where that lacks."""
-    return q.device.type == "cpu" and q.dtype in SUFFIX and native.usable(NAME, SOURCE)
+    return q.device.type == "cpu" and q.dtype in SUFFIX and build.usable(NAME, SOURCE)
 
 
 @cache
 def _functions(dtype: torch.dtype, way: str) -> tuple[ctypes._CFuncPtr, ctypes._CFuncPtr]:
     """How much room the function needs, and the function."""
-    library = native.library(NAME, [SOURCE])
+    library = build.library(NAME, [SOURCE])
     room, run = (getattr(library, f"{NAME}{way}{what}_{SUFFIX[dtype]}") for what in ("_room", ""))
     room.argtypes = run.argtypes = [ctypes.POINTER(Call)]
     room.restype, run.restype = c_int64, None
