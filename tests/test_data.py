@@ -168,7 +168,8 @@ def test_positions_begin_with_each_document_and_row():
         for ids, positions in zip(batch.input_ids.tolist(), batch.position_ids.tolist(), strict=True):
             expected = []
             for i, token in enumerate(ids):
-                expected.append(0 if i == 0 or token == 256 else expected[-1] + 1)
+                begins = i == 0 or (token == 256 and ids[i - 1] != 256)  # the filling is one document
+                expected.append(0 if begins else expected[-1] + 1)
             assert positions == expected
         assert batch.num_targets == (batch.shift_labels != IGNORED).sum()
         assert batch.num_bytes == ((0 <= batch.shift_labels) & (batch.shift_labels < 256)).sum()
