@@ -187,9 +187,12 @@ def write_tensors(
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            x = read(name)
-            assert (tuple(x.shape), CODES[x.dtype]) == heads[name][:2], name
-            file.write(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            file.write(_bytes(read(name), heads[name]))
+
+
+def _bytes(x: Tensor, head: Head) -> memoryview:
+    assert (tuple(x.shape), CODES[x.dtype]) == (head.shape, head.dtype)
+    return x.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def place(heads: Mapping[str, Head], max_shard_size: int) -> dict[str, Head]:

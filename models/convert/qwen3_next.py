@@ -150,27 +150,18 @@ def _mlp_rows(theirs: str, ours: str) -> list[tuple[_Names, _Names, How]]:
 
 
 def _check(config: Qwen3NextConfig) -> None:
-    rope = config.rope_parameters
-    turned = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
+    rope, kinds, shared = config.rope_parameters, set(config.layer_types), config.shared_expert_intermediate_size
+    rope_type, fraction = rope.get("rope_type"), rope.get("partial_rotary_factor", 1.0)
     sparse = any(_is_sparse(config, i) for i in range(config.num_hidden_layers))
+    quantized = getattr(config, "quantization_config", None)
     for name, got, expected, fits in (
         ("hidden_act", config.hidden_act, "'silu'", config.hidden_act in ("silu", "swish")),
-        ("rope_parameters.rope_type", rope.get("rope_type"), "'default'", rope.get("rope_type") == "default"),
-        ("partial_rotary_factor", rope.get("partial_rotary_factor"), "an even number of channels", turned % 2 == 0),
+        ("rope_parameters.rope_type", rope_type, "'default'", rope_type == "default"),
+        ("partial_rotary_factor", fraction, "an even number of channels", int(config.head_dim * fraction) % 2 == 0),
         ("attention_dropout", config.attention_dropout, "0", not config.attention_dropout),
-        ("layer_types", sorted(set(config.layer_types)), sorted(_PARTS), set(config.layer_types) <= set(_PARTS)),
-        (
-            "shared_expert_intermediate_size",
-            config.shared_expert_intermediate_size,
-            "at least 1",
-            not sparse or config.shared_expert_intermediate_size >= 1,
-        ),
-        (
-            "quantization_config",
-            getattr(config, "quantization_config", None),
-            "none",
-            getattr(config, "quantization_config", None) is None,
-        ),
+        ("layer_types", sorted(kinds), sorted(_PARTS), kinds <= set(_PARTS)),
+        ("shared_expert_intermediate_size", shared, "at least 1", shared >= 1 or not sparse),
+        ("quantization_config", quantized, "none", quantized is None),
     ):
         if not fits:
             raise ValueError(f"config.json: {name}: expected {expected}, got {got!r}")
