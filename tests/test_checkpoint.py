@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from runs import HYBRID, TRANSFORMER, options, run, written
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seqzoo.training import checkpoint as checkpoint_module
 from seqzoo.training.checkpoint import Checkpoints, choose, damage_of, load
+from seqzoo.training.state import load_random_state, random_state
 from seqzoo.training.trainer import Trainer
 
 LAST = "step-00000012"
@@ -168,6 +171,18 @@ def test_a_run_whose_last_checkpoint_fails_says_so(tmp_path, monkeypatch):
 
 
 # Going on
+
+
+def test_the_generators_go_on():
+    def draw():
+        return torch.rand(3).tolist(), [random.random(), random.gauss(0, 1)], np.random.rand(3).tolist()
+
+    random.gauss(0, 1)  # the second of a pair is kept for the next call
+    tensors, facts = random_state()
+    facts, expected = json.loads(json.dumps(facts)), draw()
+    assert draw() != expected
+    load_random_state(tensors, facts)
+    assert draw() == expected
 
 
 @pytest.fixture(scope="module", params=[TRANSFORMER, HYBRID], ids=["transformer", "hybrid"])

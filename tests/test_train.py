@@ -17,6 +17,7 @@ from torch import nn
 from seqzoo.data.stdlib import stdlib
 from seqzoo.models import SeqZooForCausalLM
 from seqzoo.training import trainer as trainer_module
+from seqzoo.training.closing import print_sample
 from seqzoo.training.logbook import Logbook, records
 from seqzoo.training.muon import Muon, orthogonal
 from seqzoo.training.optimizers import adamw, muon
@@ -287,6 +288,11 @@ def test_a_log_goes_on_from_its_step(tmp_path):
     log.write("train", 3, loss=2.0)
     log.close()
     assert [(line["step"], line.get("loss")) for line in records(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+
+
+def test_a_sample_cannot_steer_the_terminal(capsys):
+    print_sample("a\tb\n\x1b[2Jé\x07")
+    assert capsys.readouterr().out == "\na\tb\n\ufffd[2Jé\ufffd\n\n"
 
 
 def test_several_runs_from_one_command(tmp_path):

@@ -40,6 +40,11 @@ def print_table(rows: Rows) -> None:
     Console(width=width, markup=False, highlight=False).print(table)
 
 
+def print_sample(text: str) -> None:
+    """Text that a model made; what could steer the terminal becomes U+FFFD."""
+    print("\n" + "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text) + "\n")
+
+
 def peak_bytes(device: torch.device) -> int:
     """The most memory that was in use: of the process, or on a GPU what torch took there."""
     if device.type == "cuda":
