@@ -172,9 +172,10 @@ def write_tensors(
 ) -> None:
     """One safetensors file of these tensors, each asked for when its turn has come.
 
-    The wide dtypes come first, so that every tensor is aligned to its own size; otherwise the order is that of `heads`.
+    The wide dtypes come first, so that every tensor is aligned to its own size, in the order that safetensors' own
+    writer has; otherwise the order is that of `heads`.
     """
-    names = sorted(heads, key=lambda name: -DTYPES[heads[name].dtype].itemsize)
+    names = sorted(heads, key=lambda name: list(DTYPES).index(heads[name].dtype))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in names:
