@@ -88,7 +88,7 @@ struct Panel {
   long lowest, highest;  // keys [lowest, highest) that any column sees
   long own_low, own_high;  // the columns' own positions among the keys, first and last
   Extent document;
-  alignas(64) int32_t position[PANEL], of[PANEL];
+  alignas(64) int32_t position[PANEL], of[PANEL], token[PANEL], head[PANEL];  // head: among those of the key head
   alignas(64) float top[PANEL], sum[PANEL];
 
   void place(const Call& a, const Sizes& z, long b, long at, bool documents) {
@@ -96,9 +96,10 @@ struct Panel {
     own_low = a.S - a.T + first / z.R, own_high = a.S - a.T + (first + cols - 1) / z.R;
     lowest = a.window ? std::max(0L, own_low - (long)a.window + 1) : 0, highest = own_high + 1;
     document = {0x7fffffff, -2};
-    for (long i = 0; i < PANEL; i++) {
-      const long t = (first + std::min(i, cols - 1)) / z.R;
-      position[i] = (int32_t)(a.S - a.T + t);
+    long t = first / z.R, r = first % z.R;
+    for (long i = 0; i < PANEL; i++) {  // those beyond the last column stand where it stands
+      if (i && i < cols && ++r == z.R) r = 0, t++;
+      position[i] = (int32_t)(a.S - a.T + t), token[i] = (int32_t)t, head[i] = (int32_t)r;
       if (!documents) continue;
       const int64_t d = a.query_document[b * a.T + t];
       of[i] = d < 0 ? -2 : (int32_t)d;  // -1 is the number of keys that nobody sees
@@ -127,8 +128,8 @@ struct Panel {
 template <typename T> const T* row_of(const void* x, const int64_t* step, long b, long h, long t) {
   return (const T*)x + b * step[0] + h * step[1] + t * step[2];
 }
-template <typename T> const T* column(const Call& a, const Sizes& z, const void* x, const int64_t* step, long b, long g, long c) {
-  return row_of<T>(x, step, b, g * z.R + c % z.R, c / z.R);
+template <typename T> const T* column(const Sizes& z, const Panel& p, long c, const void* x, const int64_t* step, long b, long g) {
+  return row_of<T>(x, step, b, g * z.R + p.head[c], p.token[c]);
 }
 
 template <typename T> void copy_row(Word* to, const T* from, long width) {  // an odd width is completed with a zero
@@ -138,14 +139,14 @@ template <typename T> void copy_row(Word* to, const T* from, long width) {  // a
 
 // to [words, PANEL] = the panel's columns, transposed; columns beyond the last are zero.
 template <typename T>
-void transposed(const Call& a, const Sizes& z, const Panel& p, const void* x, const int64_t* step, long b, long g, long width, Word* to) {
+void transposed(const Sizes& z, const Panel& p, const void* x, const int64_t* step, long b, long g, long width, Word* to) {
   const long n = words<T>(width);
   for (long c0 = 0; c0 < p.vectors * LANES; c0 += LANES)
     for (long k0 = 0; k0 < n; k0 += LANES) {
       VecInt r[LANES] = {};
       const long left = std::min(width - k0 * PER_WORD<T>, (long)LANES * PER_WORD<T>);
       for (long c = c0; c < std::min(c0 + LANES, p.cols); c++)
-        memcpy(&r[c - c0], column<T>(a, z, x, step, b, g, p.first + c) + k0 * PER_WORD<T>, left * sizeof(T));
+        memcpy(&r[c - c0], column<T>(z, p, c, x, step, b, g) + k0 * PER_WORD<T>, left * sizeof(T));
       transpose_square(r);
       for (long k = 0; k < LANES && k0 + k < n; k++) store_words(to + (k0 + k) * PANEL + c0, r[k]);
     }
@@ -167,15 +168,17 @@ template <typename T, typename From> void stacked(Word* to, long to_row, long n,
   }
 }
 
-// to(column) = factor * x [width, PANEL] transposed.
-template <typename T, typename To> void untransposed(const Panel& p, const float* x, long width, const float* factor, To to) {
+// to [B, T, H, width] at the panel's columns = factor * x [width, PANEL] transposed.
+template <typename T>
+void untransposed(const Call& a, const Sizes& z, const Panel& p, const float* x, const float* factor, void* to, long b, long g, long width) {
+  const int64_t step[3] = {a.T * a.H * width, width, a.H * width};
   for (long c0 = 0; c0 < p.cols; c0 += LANES)
     for (long v0 = 0; v0 < width; v0 += LANES) {
       VecInt r[LANES] = {};
       for (long v = v0; v < std::min(v0 + LANES, width); v++) r[v - v0] = (VecInt)(load(x + v * PANEL + c0) * load(factor + c0));
       transpose_square(r);
       for (long c = c0; c < std::min(c0 + LANES, p.cols); c++) {
-        T* row = to(p.first + c) + v0;
+        T* row = (T*)column<T>(z, p, c, to, step, b, g) + v0;
         if (width - v0 >= LANES) narrow(row, (Vec)r[c - c0]);
         else store_row(row, (const float*)&r[c - c0], (int)(width - v0));
       }
@@ -251,7 +254,7 @@ void look(const Call& a, const Sizes& z, Tiles<T>& w, int panels, long b, long g
   for (int i = 0; i < panels; i++) {
     Panel& p = w.panel[i];
     p.place(a, z, b, at + i * PANEL, key_document);
-    transposed<T>(a, z, p, a.q, a.q_step, b, g, a.K, w.q[i]);
+    transposed<T>(z, p, a.q, a.q_step, b, g, a.K, w.q[i]);
     for (int c = 0; c < PANEL; c++) p.top[c] = -INFINITY, p.sum[c] = 0;
     fresh[i] = true;
   }
@@ -287,7 +290,7 @@ void look(const Call& a, const Sizes& z, Tiles<T>& w, int panels, long b, long g
 template <typename T> void finish(const Call& a, const Sizes& z, Panel& p, long b, long g, const float* o) {
   alignas(64) float factor[PANEL];
   for (long c = 0; c < PANEL; c++) factor[c] = p.sum[c] == 0 ? 0 : 1 / p.sum[c];
-  untransposed<T>(p, o, a.V, factor, [&](long c) { return (T*)a.o + ((b * a.T + c / z.R) * a.H + g * z.R + c % z.R) * a.V; });
+  untransposed<T>(a, z, p, o, factor, a.o, b, g, a.V);
   if (!a.logsum) return;
   for (long c = 0; c < p.cols; c++)
     a.logsum[(b * a.G + g) * z.columns + p.first + c] = p.sum[c] == 0 ? INFINITY : p.top[c] * z.c + std::log2(p.sum[c]);
@@ -350,7 +353,7 @@ void look_few(const Call& a, const Sizes& z, Dots& w, long b, long g, long low, 
   memset(o, 0, z.columns * z.VP * sizeof(float));
   for (long c = 0; c < z.columns; c++) {
     top[c] = -INFINITY, sum[c] = 0;
-    memset(w.q + c * z.KP, 0, z.KP * sizeof(float)), load_row(w.q + c * z.KP, column<T>(a, z, a.q, a.q_step, b, g, c), (int)a.K);
+    memset(w.q + c * z.KP, 0, z.KP * sizeof(float)), load_row(w.q + c * z.KP, column<T>(z, p, c, a.q, a.q_step, b, g), (int)a.K);
   }
   low = std::max(low, p.lowest), high = std::min(high, p.highest);
   for (long t = low / KEYS; t * KEYS < high; t++) {
@@ -522,10 +525,10 @@ template <typename T> struct BackTiles {  // a thread's buffers; `_down` runs do
 
 // Rows of all columns of a block with words that run down; rows beyond the last column are zero.
 template <typename T>
-void columns_down(const Call& a, const Sizes& z, const void* x, const int64_t* step, long b, long g, long at, long n, long width, Word* to) {
+void columns_down(const Sizes& z, const Panel* p, const void* x, const int64_t* step, long b, long g, long n, long width, Word* to) {
   const long row = padded(width);
   memset(to, 0, COLS / PER_WORD<T> * row * sizeof(Word));
-  stacked<T>(to, row, n, width, [&](long c) { return column<T>(a, z, x, step, b, g, at + c); });
+  stacked<T>(to, row, n, width, [&](long c) { return column<T>(z, p[c / PANEL], c % PANEL, x, step, b, g); });
 }
 
 template <typename T> float product_sum(const T* x, const T* y, long width) {
@@ -579,22 +582,22 @@ void differentiate(const Call& a, const Sizes& z, BackTiles<T>& w, long b, long 
   const int64_t* key_document = a.key_document ? a.key_document + b * a.S : nullptr;
   const long cols = std::min((long)COLS, z.columns - at), panels = (cols + PANEL - 1) / PANEL;
   const int64_t o_step[3] = {a.T * a.H * a.V, a.V, a.H * a.V};
-  columns_down<T>(a, z, a.q, a.q_step, b, g, at, cols, a.K, w.q_down);
-  columns_down<T>(a, z, a.d_o, a.d_o_step, b, g, at, cols, a.V, w.d_o_down);
-  for (long c = 0; c < COLS; c++) {
-    w.logsum[c] = INFINITY, w.delta[c] = 0;
-    if (c >= cols) continue;
-    w.logsum[c] = a.logsum[(b * a.G + g) * z.columns + at + c];
-    w.delta[c] = product_sum(column<T>(a, z, a.o, o_step, b, g, at + c), column<T>(a, z, a.d_o, a.d_o_step, b, g, at + c), a.V);
-  }
   long used = 0;
   for (long i = 0; i < panels; i++) {
     Panel& p = w.panel[i];
     p.place(a, z, b, at + i * PANEL, key_document);
-    transposed<T>(a, z, p, a.q, a.q_step, b, g, a.K, w.q[i]), transposed<T>(a, z, p, a.d_o, a.d_o_step, b, g, a.V, w.d_o[i]);
+    transposed<T>(z, p, a.q, a.q_step, b, g, a.K, w.q[i]), transposed<T>(z, p, a.d_o, a.d_o_step, b, g, a.V, w.d_o[i]);
     memset(w.dq[i], 0, a.K * PANEL * sizeof(float));
     used += p.vectors * LANES;
+    for (long c = 0; c < PANEL; c++) {
+      const bool real = c < p.cols;  // the weights of the others are 2^-inf
+      const T *o = column<T>(z, p, c, a.o, o_step, b, g), *d_o = column<T>(z, p, c, a.d_o, a.d_o_step, b, g);
+      w.logsum[i * PANEL + c] = real ? a.logsum[(b * a.G + g) * z.columns + p.first + c] : INFINITY;
+      w.delta[i * PANEL + c] = real ? product_sum(o, d_o, a.V) : 0;
+    }
   }
+  columns_down<T>(z, w.panel, a.q, a.q_step, b, g, cols, a.K, w.q_down);
+  columns_down<T>(z, w.panel, a.d_o, a.d_o_step, b, g, cols, a.V, w.d_o_down);
   const long low = w.panel[0].lowest, high = w.panel[panels - 1].highest;
   for (long t = low / KEYS; t * KEYS < high; t++) {
     const long j0 = std::max(t * KEYS, low & ~1L), j1 = std::min((t + 1) * KEYS, high), n = j1 - j0;
@@ -644,8 +647,7 @@ void differentiate(const Call& a, const Sizes& z, BackTiles<T>& w, long b, long 
   alignas(64) float factor[PANEL];
   for (float& x : factor) x = 1 / std::sqrt((float)a.K);
   for (long i = 0; i < panels; i++)
-    untransposed<T>(w.panel[i], w.dq[i], a.K, factor,
-                    [&](long c) { return (T*)a.dq + ((b * a.T + c / z.R) * a.H + g * z.R + c % z.R) * a.K; });
+    untransposed<T>(a, z, w.panel[i], w.dq[i], factor, a.dq, b, g, a.K);
 }
 
 struct BackPlan {
