@@ -44,6 +44,8 @@ SHAPES = {
     "one query": (2, 4, 2, 1, 700, 33, 21, None, None),
     "one query, many heads": (1, 12, 1, 1, 700, 33, 21, None, None),
     "one query in a window": (2, 4, 2, 1, 700, 16, 24, 100, None),
+    "few queries in a window": (2, 4, 2, 3, 700, 16, 24, 100, None),
+    "documents, few queries": (2, 4, 2, 4, 400, 16, 24, 150, 60),
     "documents": (2, 4, 2, 257, 257, 6, 5, None, 20),
     "documents of a token or two": (2, 4, 2, 130, 130, 6, 5, None, 1.5),
     "documents in a window": (2, 4, 2, 257, 257, 6, 5, 9, 30),
@@ -131,6 +133,21 @@ def test_hidden_keys_change_nothing(backend):
     compare(changed, ours, atol=0, rtol=0)
     compare(ours, values_and_grads("reference", inputs, seen), **TOLERANCE[DTYPE[backend]])
     assert all((x.masked_select(hidden) == 0).all() for x in ours[2:])
+
+
+@pytest.mark.parametrize("shape", ["past", "past in a window", "short", "one query"])
+@every
+def test_who_sees_nothing_reads_nothing(backend, shape):
+    """Padding that nobody sees, itself not either: zeros, and zero gradients, never NaN."""
+    inputs, seen = case(shape, DTYPE[backend])
+    B, _, _, T, S, *_ = SHAPES[shape]
+    document = torch.zeros(B, S, dtype=torch.int64)
+    document[0] = -1
+    document[-1, S - 2 :] = -1
+    seen |= dict(key_document=document)
+    ours = values_and_grads(backend, inputs, seen)
+    compare(ours, values_and_grads("reference", inputs, seen), **TOLERANCE[DTYPE[backend]])
+    assert all((x[0] == 0).all() for x in ours) and (ours[0][-1, :, -1] == 0).all()
 
 
 @every

@@ -108,6 +108,11 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
     G = k.shape[1]
     scores = q.unflatten(1, (G, -1))[:, :, :, 0] @ k.mT  # [B, G, H/G, S]
     scores = (scores if scores.dtype == torch.float64 else scores.float()) * q.shape[-1] ** -0.5
-    if seen is not None:
-        scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
-    return (scores.softmax(-1).to(v.dtype) @ v).flatten(1, 2)[:, :, None]
+    if seen is None:
+        weights = scores.softmax(-1)
+    else:
+        seen = seen[:, None, None]
+        weights = (
+            scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1) * seen
+        )  # nothing seen: nothing read
+    return (weights.to(v.dtype) @ v).flatten(1, 2)[:, :, None]

@@ -36,11 +36,10 @@ def causal_attention(
         k, v: keys and values; H is a multiple of G, and each serves H / G query heads that follow each other.
         window: [tokens] a query sees at most that many, itself and those right before it; None is all.
         query_document: number of each query's document, 0 to 2^31 - 1; None is the last T of `key_document`.
-        key_document: number of each key's document, -1 is seen by nobody; None is one document. Every query must find
-            a key that it sees, which its own is; what comes out for another is not defined.
+        key_document: number of each key's document, -1 is seen by nobody; None is one document.
 
     Returns:
-        o, in q's dtype.
+        o, in q's dtype; zeros for a query that sees no key.
 
     Raises:
         ValueError: shapes or dtypes that do not agree, a window below 1, queries' documents without the keys', or a

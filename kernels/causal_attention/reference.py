@@ -18,7 +18,7 @@ def causal_attention_reference(
     query_document: Tensor | None = None,
     key_document: Tensor | None = None,
 ) -> Tensor:
-    """See `causal_attention`; holds T x S scores."""
+    """See `causal_attention`; holds T x S scores. A query that sees no key reads nothing: zeros."""
     T, S = q.shape[2], k.shape[2]
     back = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)
     seen = (back >= 0) & (back < (window or S))  # [T, S]
@@ -26,5 +26,5 @@ def causal_attention_reference(
         same = (query_document[:, :, None] == key_document[:, None]) & (key_document >= 0)[:, None]
         seen = (seen & same)[:, None]  # [B, 1, T, S]
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf)
-    return scores.softmax(-1) @ v
+    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, torch.finfo(q.dtype).min)
+    return scores.softmax(-1) * seen @ v
