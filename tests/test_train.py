@@ -203,8 +203,21 @@ def test_choices_train(choice, tmp_path):
     assert closing["bits_per_byte"] < 6.5
 
 
-def test_experts_are_counted(tmp_path):
-    run(tmp_path / "run", model=HYBRID, steps=2, accumulate=2)
+def test_experts_are_counted_over_the_whole_batch(tmp_path, monkeypatch):
+    forward, earlier, counted = SeqZooForCausalLM.forward, [], []
+
+    def listening(self, *inputs, stats=None, **options):
+        out = forward(self, *inputs, stats=stats, **options)
+        if self.training:
+            earlier.append(stats)
+            counted.append(out.stats)
+        return out
+
+    monkeypatch.setattr(SeqZooForCausalLM, "forward", listening)
+    run(tmp_path / "run", model=HYBRID, steps=2, accumulate=3)
+    assert len(earlier) == 6 and earlier[0] is earlier[3] is None
+    for name, value in earlier[5][0].items():  # the third micro-batch of a step gets what two before it counted
+        assert torch.equal(value, counted[3][0][name] + counted[4][0][name]) and not value.requires_grad
     (line,) = (line for line in written(tmp_path / "run") if line["split"] == "train")
     known = {"step", "split", "tokens", "loss", "bits_per_byte", "lr", "grad_norm"}
     assert line.keys() > known and all(math.isfinite(line[name]) for name in line.keys() - {"split"})
