@@ -1,0 +1,1 @@
+from seqzoo.kernels.delta_inputs.op import DeltaInputs, delta_inputs

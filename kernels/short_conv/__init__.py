@@ -1,0 +1,1 @@
+from seqzoo.kernels.short_conv.op import short_conv

@@ -1,0 +1,54 @@
+"""short_conv: the public op. Everything above this folder calls this and nothing else in it."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from seqzoo.kernels.dispatch import choose
+from seqzoo.kernels.short_conv.composed import short_conv_composed
+from seqzoo.kernels.short_conv.cpp import NATIVE, short_conv_cpp
+from seqzoo.kernels.short_conv.reference import short_conv_reference
+
+BACKENDS = {
+    "reference": short_conv_reference,
+    "torch": short_conv_composed,
+    "cpp": short_conv_cpp,  # float32 and bfloat16 on a CPU
+}
+
+
+def short_conv(
+    x: Float[Tensor, "B T C"],
+    weight: Float[Tensor, "C W"],
+    past: Float[Tensor, "B W1 C"] | None = None,
+    starts: Bool[Tensor, "B T"] | None = None,
+) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "B W1 C"]]:
+    """Filter every channel over the last W tokens of its document, then silu. Definition: `reference.py`.
+
+    Args:
+        x: inputs, any strides; nothing is copied where a token's channels stand side by side.
+        weight: one filter per channel, its last tap is for the token itself.
+        past: the W-1 inputs before the first token, in any floating dtype; None is zeros.
+        starts: True at the first token of each packed document, before which its filter sees zeros; a row continues
+            `past` up to its first start. None is no start at all.
+
+    Returns:
+        y, in x's dtype, and the next past, in the dtype of the one that came (of x, where none did): the last W-1
+        inputs, zeros for those before the last start.
+
+    Raises:
+        ValueError: shapes that do not agree, no token, or a forced backend that cannot run this.
+    """
+    (B, T, C), (filters, W) = x.shape, weight.shape
+    if not (B and T and C):
+        raise ValueError(f"short_conv: x: expected [B, T, C], every size >= 1, got {tuple(x.shape)}")
+    if filters != C or not W:
+        raise ValueError(f"short_conv: weight: expected shape [{C}, W], W >= 1, got {tuple(weight.shape)}")
+    if past is not None and past.shape != (B, W - 1, C):
+        raise ValueError(f"short_conv: past: expected shape {(B, W - 1, C)}, got {tuple(past.shape)}")
+    if starts is not None and (starts.shape != (B, T) or starts.dtype != torch.bool):
+        raise ValueError(f"short_conv: starts: expected bool {(B, T)}, got {starts.dtype} {tuple(starts.shape)}")
+    name = choose(BACKENDS, tokens=T, device=x.device, able=lambda name: NATIVE.usable(x))
+    if not torch.is_autocast_enabled(x.device.type):
+        return BACKENDS[name](x, weight, past, starts)
+    with torch.autocast(x.device.type, enabled=False):  # y keeps x's dtype
+        return BACKENDS[name](x, weight, past, starts)
