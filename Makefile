@@ -9,7 +9,7 @@ train: $(VENV)/.installed
 	$(BIN)/seqzoo-train $(ARGS)
 
 test: $(VENV)/.installed
-	$(BIN)/pytest -q $(ARGS)
+	$(BIN)/pytest -q -n 2 $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
