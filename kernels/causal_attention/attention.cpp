@@ -38,7 +38,7 @@ constexpr int PANELS = 4;       // panels that share a tile, at most
 constexpr int BACK_PANELS = 2;  // panels of the backward pass, whose columns are summed over in one product
 constexpr int FEW = 8;          // columns up to which dot products beat panels
 constexpr long PART = 512;      // keys of a part where few queries share their keys out
-constexpr long SMALL = 1 << 18;  // multiply-adds that are worth a thread
+constexpr long SMALL = 1 << 20;  // multiply-adds that are worth a thread: some 20 microseconds, waking one costs 5 or far more
 
 struct Sizes {
   long R, columns, KW, VW, KP, VP;  // columns per key head; words per row of K and V; widths in whole vectors
@@ -414,8 +414,8 @@ template <typename T> Plan plan(const Call& a) {
   x.blocks = (panels + x.panels - 1) / x.panels;
   x.tasks = a.B * a.G * x.blocks * x.parts;
   const long seen = a.window ? std::min(a.window, a.S) : a.S;
-  const long work = a.B * a.G * (x.few ? FEW : z.columns) * seen * (a.K + a.V) / (a.T > 1 ? 2 : 1);
-  x.threads = std::clamp(std::min(1 + work / SMALL, x.tasks), 1L, (long)a.threads);
+  const long work = a.B * a.G * z.columns * seen * (a.K + a.V);
+  x.threads = std::clamp(std::min(work / SMALL, x.tasks), 1L, (long)a.threads);
   return x;
 }
 
@@ -449,9 +449,7 @@ void join(const Call& a, const Sizes& z, const Plan& x, Panel& p, const float* p
     }
     p.top[c] = top, p.sum[c] = sum;
   }
-  for (long c = p.cols; c < PANEL; c++) p.sum[c] = 0;
-  for (long v = 0; v < a.V; v++)
-    for (long c = p.cols; c < PANEL; c++) o[v * PANEL + c] = 0;
+  for (long c = p.cols; c < PANEL; c++) p.sum[c] = 0;  // their o is whatever it is: it goes nowhere
 }
 
 template <typename T> void forward(const Call& a) {
@@ -659,7 +657,7 @@ template <typename T> BackPlan back_plan(const Call& a) {
   long shares = 1;  // as few as keep three quarters of the threads busy
   while (shares < blocks && 4 * heads * shares < 3 * threads * ((heads * shares + threads - 1) / threads)) shares++;
   const long seen = a.window ? std::min(a.window, a.S) : a.S, work = heads * z.columns * seen * (a.K + a.V);
-  return {blocks, shares, heads * shares, std::clamp(1 + work / SMALL, 1L, std::min(threads, heads * shares))};
+  return {blocks, shares, heads * shares, std::clamp(work / SMALL, 1L, std::min(threads, heads * shares))};
 }
 template <typename T> long backward_room(const Call& a) {
   const Sizes z = sizes<T>(a);
