@@ -18,7 +18,7 @@ SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 class Call(ctypes.Structure):
-    """Arguments of the native functions: the fields of attention.cpp's Call, in order."""
+    """Arguments of the native functions: the fields of columns.h's Call, in order."""
 
     _fields_ = [
         *((name, c_int64) for name in ("B", "H", "G", "T", "S", "K", "V", "window", "threads")),
