@@ -39,12 +39,12 @@ def _run(way: str, qkv: Tensor, ba: Tensor, a_log: Tensor, dt_bias: Tensor, H: i
 
 
 def _forward(qkv: Tensor, ba: Tensor, a_log: Tensor, dt_bias: Tensor, H: int, K: int) -> tuple[Tensor, ...]:
-    (B, T, C), HV = qkv.shape, a_log.shape[0]
+    (B, T, C), HV, qkv = qkv.shape, a_log.shape[0], rows(qkv)
     q, g = torch.empty((B, T, H, K), dtype=torch.float32), torch.empty((B, T, HV), dtype=torch.float32)
     k, beta = torch.empty_like(q), torch.empty_like(g)
     _run("forward", qkv, ba, a_log, dt_bias, H, K, q, k, g, beta)
-    v = qkv.narrow(-1, 2 * H * K, C - 2 * H * K).unflatten(-1, (HV, -1))
-    return q, k, v, g, beta
+    V, at = (C - 2 * H * K) // HV, qkv.storage_offset() + 2 * H * K
+    return q, k, qkv.as_strided((B, T, HV, V), (*qkv.stride()[:2], V, 1), at), g, beta
 
 
 class _DeltaInputs(torch.autograd.Function):

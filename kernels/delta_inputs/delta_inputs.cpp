@@ -55,8 +55,8 @@ template <typename X, typename G> struct Inputs {  // elements of qkv and of ba
   explicit Inputs(const Call& call) : a(call), gates(call) {}
 
   long blocks() const { return (a.B * a.T + TOKENS - 1) / TOKENS; }
-  const X* qkv(long i) const { return (const X*)a.qkv + i / a.T * a.qkv_batch + i % a.T * a.qkv_time; }
-  const G* ba(long i) const { return (const G*)a.ba + i / a.T * a.ba_batch + i % a.T * a.ba_time; }
+  Rows<const X> qkv() const { return {(const X*)a.qkv, a.T, a.qkv_batch, a.qkv_time}; }
+  Rows<const G> ba() const { return {(const G*)a.ba, a.T, a.ba_batch, a.ba_time}; }
 
   template <typename F> void tokens(long channels, F&& run) const {  // run(block, token)
     share_out(blocks(), a.B * a.T * channels, [&](long block) {
@@ -68,16 +68,17 @@ template <typename X, typename G> struct Inputs {  // elements of qkv and of ba
     const long K = a.K, heads = a.H;
     const float scale = 1 / std::sqrt((float)K);
     tokens(2 * heads * K, [&](long, long i) {
-      for (long h = 0; h < 2 * heads; h++) {
-        const X* x = qkv(i) + h * K;
+      const X* x = qkv()(i);
+      const G *b = ba()(i), *decay = b + a.HV;
+      for (long h = 0; h < 2 * heads; h++, x += K) {
         float* to = h < heads ? a.q + (i * heads + h) * K : a.k + (i * heads + h - heads) * K;
         const float r = inverse_length(x, K) * (h < heads ? scale : 1);
         for (long j = 0; j < K; j += LANES) put(to + j, get(x + j, K - j) * r, K - j);
       }
       for (long h = 0; h < a.HV; h += LANES) {
         const long n = a.HV - h;
-        put(a.beta + i * a.HV + h, sigmoid(get(ba(i) + h, n)), n);
-        put(a.g + i * a.HV + h, load(&gates.rate[h]) * softplus(get(ba(i) + a.HV + h, n) + load(&gates.bias[h])), n);
+        put(a.beta + i * a.HV + h, sigmoid(get(b + h, n)), n);
+        put(a.g + i * a.HV + h, load(&gates.rate[h]) * softplus(get(decay + h, n) + load(&gates.bias[h])), n);
       }
     });
   }
@@ -87,9 +88,10 @@ template <typename X, typename G> struct Inputs {  // elements of qkv and of ba
     const float scale = 1 / std::sqrt((float)K);
     std::vector<float> partial(blocks() * 2 * row);
     tokens(width, [&](long block, long i) {
+      const X* x = qkv()(i);
+      const G *b = ba()(i), *decay = b + a.HV;
       X* dx = (X*)a.dqkv + i * width;
-      for (long h = 0; h < 2 * heads; h++, dx += K) {
-        const X* x = qkv(i) + h * K;
+      for (long h = 0; h < 2 * heads; h++, x += K, dx += K) {
         const float* d = h < heads ? a.q + (i * heads + h) * K : a.k + (i * heads + h - heads) * K;
         Vec length{}, along{};
         for (long j = 0; j < K; j += LANES) {
@@ -104,7 +106,7 @@ template <typename X, typename G> struct Inputs {  // elements of qkv and of ba
       float* sums = &partial[block * 2 * row];
       for (long h = 0; h < a.HV; h += LANES) {
         const long n = a.HV - h;
-        const Vec beta = sigmoid(get(ba(i) + h, n)), at = get(ba(i) + a.HV + h, n) + load(&gates.bias[h]);
+        const Vec beta = sigmoid(get(b + h, n)), at = get(decay + h, n) + load(&gates.bias[h]);
         const Vec dg = get(a.g + i * a.HV + h, n) * load(&gates.rate[h]), da = dg * sigmoid(at);
         G* dba = (G*)a.dba + i * 2 * a.HV + h;
         put(dba, get(a.beta + i * a.HV + h, n) * beta * (1.0f - beta), n);

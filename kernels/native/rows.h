@@ -5,6 +5,9 @@
 #include <utility>
 
 #include "gemm.h"
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#endif
 
 namespace seqzoo {
 
@@ -12,31 +15,49 @@ typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Upper __attribute__((vector_size(LANES * 2)));
 typedef uint16_t UpperLoose __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 
-inline Bits rounded(Bits bits) {  // to bf16 in the upper half, to the nearest, ties to even; a NaN stays one
-  const Bits near = bits + 0x7fff + ((bits >> 16) & 1);
-  return ((bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : near) & 0xffff0000;
+inline Vec widened(Upper x) { return (Vec)(__builtin_convertvector(x, Bits) << 16); }
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+inline Upper narrowed(Vec x) { return (Upper)_mm512_cvtneps_pbh((__m512)x); }
+#else
+inline Upper narrowed(Vec x) {  // to the nearest, ties to even; a NaN stays one
+  const Bits bits = (Bits)x, near = bits + 0x7fff + ((bits >> 16) & 1);
+  return __builtin_convertvector(((bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : near) >> 16, Upper);
 }
+#endif
 
-// The n next elements, n >= LANES for a whole vector; lanes beyond are 0.
-inline Vec get(const float* p, long n) { return n >= LANES ? load(p) : load_some(p, (int)n); }
-inline Vec get(const bf16* p, long n) {
+// The n next elements, n >= LANES for a whole vector; of fewer the lanes beyond are 0, and nothing beyond is touched.
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+inline uint16_t first_lanes(long n) { return (uint16_t)((1u << n) - 1); }
+inline Vec get_some(const float* p, long n) { return (Vec)_mm512_maskz_loadu_ps(first_lanes(n), p); }
+inline Vec get_some(const bf16* p, long n) { return widened((Upper)_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
+inline void put_some(float* p, Vec x, long n) { _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)x); }
+inline void put_some(bf16* p, Vec x, long n) { _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)narrowed(x)); }
+#else
+inline Vec get_some(const float* p, long n) { return load_some(p, (int)n); }
+inline Vec get_some(const bf16* p, long n) {
   Upper upper{};
-  if (n >= LANES) upper = *(const UpperLoose*)p;
-  else memcpy(&upper, p, n * sizeof(bf16));
-  return (Vec)(__builtin_convertvector(upper, Bits) << 16);
+  memcpy(&upper, p, n * sizeof(bf16));
+  return widened(upper);
 }
+inline void put_some(float* p, Vec x, long n) { store_some(p, x, (int)n); }
+inline void put_some(bf16* p, Vec x, long n) {
+  const Upper upper = narrowed(x);
+  memcpy(p, &upper, n * sizeof(bf16));
+}
+#endif
+inline Vec get(const float* p, long n) { return n >= LANES ? load(p) : get_some(p, n); }
+inline Vec get(const bf16* p, long n) { return n >= LANES ? widened(*(const UpperLoose*)p) : get_some(p, n); }
 inline void put(float* p, Vec x, long n) {
   if (n >= LANES) store(p, x);
-  else store_some(p, x, (int)n);
+  else put_some(p, x, n);
 }
 inline void put(bf16* p, Vec x, long n) {
-  const Upper upper = __builtin_convertvector(rounded((Bits)x) >> 16, Upper);
-  if (n >= LANES) *(UpperLoose*)p = upper;
-  else memcpy(p, &upper, n * sizeof(bf16));
+  if (n >= LANES) *(UpperLoose*)p = narrowed(x);
+  else put_some(p, x, n);
 }
 template <typename T> inline Vec as(Vec x) {  // rounded to T
   if constexpr (std::is_same_v<T, float>) return x;
-  else return (Vec)rounded((Bits)x);
+  else return widened(narrowed(x));
 }
 
 template <int STEP, int... L> inline Vec folded(Vec x, std::integer_sequence<int, L...>) {
@@ -73,7 +94,9 @@ inline void widen_row(float* to, long to_step, const void* from, long from_step,
 template <typename T> struct Rows {  // row i = (o, j), j < inner, is at o * outer_step + j * inner_step
   T* first;
   long inner, outer_step, inner_step;
-  T* operator()(long i) const { return first + i / inner * outer_step + i % inner * inner_step; }
+  T* operator()(long i) const {
+    return i < inner ? first + i * inner_step : first + i / inner * outer_step + i % inner * inner_step;
+  }
 };
 
 constexpr long ALONE = 1 << 15;  // elements up to which waking other threads costs more than they save

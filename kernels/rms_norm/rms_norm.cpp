@@ -50,6 +50,7 @@ template <typename T, typename G, bool GATED> void forward(const Call& a) {
   share_out((N + step - 1) / step, N * W, [&](long block) {
     for (long i = block * step; i < std::min(N, (block + 1) * step); i++) {
       const T* x = x_rows(i);
+      const G* gates = GATED ? gate_rows(i) : nullptr;
       Vec s0{}, s1{};
       for (long j = 0; j < W; j += 2 * LANES) {
         const Vec x0 = get(x + j, W - j);
@@ -67,7 +68,7 @@ template <typename T, typename G, bool GATED> void forward(const Call& a) {
         if constexpr (GATED) {
           out = as<T>(out) * get(&w[j], n);
           if (a.weight_bf16) out = as<T>(out);
-          const Vec gate = get(gate_rows(i) + j, n);
+          const Vec gate = get(gates + j, n);
           out *= gate * sigmoid(gate);
         } else {
           out *= get(&w[j], n);
@@ -91,6 +92,7 @@ template <typename T, typename G, bool GATED> void backward(const Call& a) {
     float* m = room.data();
     for (long i = block * step; i < std::min(N, (block + 1) * step); i++) {
       const T *x = x_rows(i), *dy = (const T*)a.dy + i * W;
+      const G* gates = GATED ? gate_rows(i) : nullptr;
       const float r = a.rstd[i];
       Vec along{};
       for (long j = 0; j < W; j += LANES) {
@@ -98,7 +100,7 @@ template <typename T, typename G, bool GATED> void backward(const Call& a) {
         const Vec n = get(x + j, left) * r, weight = get(&w[j], left);
         Vec d = get(dy + j, left);
         if constexpr (GATED) {
-          const Vec gate = get(gate_rows(i) + j, left), s = sigmoid(gate);
+          const Vec gate = get(gates + j, left), s = sigmoid(gate);
           put((G*)a.dgate + i * W + j, d * n * weight * s * (1.0f + gate * (1.0f - s)), left);
           d *= gate * s;
         }

@@ -45,7 +45,10 @@ def _run(
 
 def _forward(x: Tensor, weight: Tensor, past: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    following = x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]))
+    if past is None:
+        following = x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]))
+    else:
+        following = torch.empty_like(past, memory_format=torch.contiguous_format)
     _run("forward", x, weight, past, starts, y, following)
     return y, following
 

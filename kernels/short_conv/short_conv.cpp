@@ -27,6 +27,18 @@ namespace {
 
 constexpr long TOKENS = 256, CHANNELS = 256;  // of a task
 
+// N pointers in registers: a compiler that sees what they point to written to has to fetch them again. None for N = 0.
+template <typename P, int N> struct Pointers {
+  P at[N];
+  explicit Pointers(const P* from) { std::copy_n(from, N, at); }
+  P operator[](long i) const { return at[i]; }
+};
+template <typename P> struct Pointers<P, 0> {
+  const P* at;
+  explicit Pointers(const P* from) : at(from) {}
+  P operator[](long i) const { return at[i]; }
+};
+
 // FIXED is W, or 0 for any other.
 template <typename T, int FIXED> struct Conv {
   const Call& a;
@@ -70,7 +82,8 @@ template <typename T, int FIXED> struct Conv {
     });
   }
 
-  template <bool WHOLE> void sum(const float* w, const T* const* rows, long taps, T* y, long n) const {
+  template <bool WHOLE> void sum(const float* w, const T* const* taken, long taps, T* y, long n) const {
+    const Pointers<const T*, WHOLE ? FIXED : 0> rows(taken);
     if (WHOLE) taps = W;
     for (long c = 0; c < n; c += LANES) {
       Vec s{};
@@ -105,7 +118,9 @@ template <typename T, int FIXED> struct Conv {
   }
 
   // One token: its share of the weights' gradient (where it is in the block) and of the ring.
-  template <bool WHOLE> void spread(const float* w, float* dw, float* const* ring, const T* const* rows, long taps, const T* dy, long n) const {
+  template <bool WHOLE> void spread(const float* w, float* dw, float* const* slots, const T* const* taken, long taps, const T* dy, long n) const {
+    const Pointers<const T*, WHOLE ? FIXED : 0> rows(taken);
+    const Pointers<float*, WHOLE ? FIXED : 0> ring(slots);
     if (WHOLE) taps = W;
     for (long c = 0; c < n; c += LANES) {
       const long left = n - c;
