@@ -3,8 +3,8 @@
     python -m seqzoo.benchmarks.vs_transformers --sizes small medium --dtypes fp32 bf16 --lengths 256 1024 4096 16384
 
 Three things a user does: prefill (a prompt into a cache, logits of its last token), decode (tokens one by one from the
-cache after a prompt of that length), train (forward, loss, backward). Equal results are checked before anything is timed.
-Peak memory is measured in a process of its own for each side. Writes a table and the raw figures where --out says.
+cache after a prompt of that length), train (forward, loss, backward). Equal results are checked before anything is
+timed. Peak memory is measured in a process of its own for each side. --out writes the table and the raw figures.
 """
 
 import argparse
@@ -197,7 +197,15 @@ def memory(path: Path, dtype: str, cells: list[tuple[str, int]]) -> None:
 
 
 def measure_memory(path: Path, dtype: str, cells: list[tuple[str, int]]) -> dict[str, int]:
-    command = [sys.executable, "-m", "seqzoo.benchmarks.vs_transformers", "--child", str(path), dtype, json.dumps(cells)]
+    command = [
+        sys.executable,
+        "-m",
+        "seqzoo.benchmarks.vs_transformers",
+        "--child",
+        str(path),
+        dtype,
+        json.dumps(cells),
+    ]
     out = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(out.stdout.splitlines()[-1])
 
@@ -215,7 +223,7 @@ def row_text(row: dict) -> str:
     )
 
 
-HEAD = """| size | dtype | what | T | Transformers tokens/s | seqzoo tokens/s | ms, spread | ratio | bar | met | peak MB theirs | ours |
+HEAD = """| size | dtype | what | T | theirs, tokens/s | ours, tokens/s | ours, ms | ratio | bar | met | their peak, MB | ours |
 |---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
@@ -259,7 +267,9 @@ def main() -> None:
                 where = shares(models["seqzoo"], prompt(4096))
                 difference_text = ", ".join(f"{k} {v:.1e}" for k, v in apart.items())
                 share_text = ", ".join(f"{name} {value:.0%}" for name, value in where.items())
-                notes.append(f"- {size} {dtype}: results apart by {difference_text}. Our prefill at T=4096: {share_text}.")
+                notes.append(
+                    f"- {size} {dtype}: results apart by {difference_text}. Our prefill at T=4096: {share_text}."
+                )
                 print(notes[-1], flush=True)
     quiet = [row[name]["quiet"] for row in rows for name in ("seqzoo", "transformers")]
     mean = math.exp(sum(math.log(row["seqzoo"]["ratio"]) for row in rows) / len(rows))

@@ -172,7 +172,7 @@ def test_positions_begin_with_each_document_and_row():
                 expected.append(0 if begins else expected[-1] + 1)
             assert positions == expected
         assert batch.num_targets == (batch.shift_labels != IGNORED).sum()
-        assert batch.num_bytes == ((0 <= batch.shift_labels) & (batch.shift_labels < 256)).sum()
+        assert batch.num_bytes == ((batch.shift_labels >= 0) & (batch.shift_labels < 256)).sum()
 
 
 def test_epochs_and_seeds_have_their_own_orders():

@@ -39,7 +39,11 @@ def test_wheel(tmp_path):
     )
     assert out.returncode == 0, out.stderr
     found = set(out.stdout.split())
-    here = {p.relative_to(ROOT) for f in ("kernels", "layers", "models", "data", "training") for p in ROOT.glob(f"{f}/**/*.py")}
+    here = {
+        p.relative_to(ROOT)
+        for f in ("kernels", "layers", "models", "data", "training")
+        for p in ROOT.glob(f"{f}/**/*.py")
+    }
     modules = {"seqzoo." + ".".join(p.with_suffix("").parts).removesuffix(".__init__") for p in here}
     assert modules <= found, modules - found
     assert {f"model/{p.name}" for p in ROOT.glob("configs/model/*.yaml")} <= found

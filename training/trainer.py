@@ -71,7 +71,8 @@ class Trainer:
         self.window = _new_window()
         self.last_good: Path | None = None
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            # transformers renamed it on the way to 6
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         if settings.compile:
             model.compile()
 
@@ -162,7 +163,7 @@ class Trainer:
             out.loss.backward()
             with torch.no_grad():
                 total += out.loss
-                nats += (out.loss - model.added_loss(out.stats, stats)) * targets
+                nats += (out.loss - out.aux_loss) * targets
                 stats = _pooled(stats, out.stats)
         return stats, nats, total
 

@@ -113,15 +113,26 @@ class MoE(nn.Module):
         return expert_mlp(x, chosen, weight, gate_up, down)
 
     def _count(self, chosen: Tensor, probability: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
-        tokens = probability.new_ones(chosen.shape[0]) if valid is None else valid.to(probability.dtype)  # [N]
-        ones = tokens[:, None].expand(chosen.shape).reshape(-1)
-        selected = tokens.new_zeros(probability.shape[-1]).scatter_add_(0, chosen.flatten(), ones)
-        return {"selected": selected, "probability": tokens @ probability, "tokens": tokens.sum()}
+        N, E = probability.shape
+        selected = probability.new_zeros(E)
+        if valid is None:
+            selected.scatter_add_(0, chosen.flatten(), probability.new_ones(1).expand(chosen.numel()))
+            return {"selected": selected, "probability": probability.sum(0), "tokens": probability.new_full((), N)}
+        weight = valid.to(probability.dtype)  # [N]
+        selected.scatter_add_(0, chosen.flatten(), weight[:, None].expand(chosen.shape).flatten())
+        return {"selected": selected, "probability": weight @ probability, "tokens": weight.sum()}
 
-    def loss(self, stats: dict[str, Tensor]) -> Tensor:
-        """The balance loss, its coefficient included; k times the coefficient where the load is even. [nats/token]"""
-        share, mean = (stats[name] / stats["tokens"] for name in ("selected", "probability"))
-        return self.balance_coefficient * share.numel() * (share * mean).sum()
+    def loss(self, stats: dict[str, Tensor], earlier: dict[str, Tensor] | None = None) -> Tensor:
+        """The balance loss, its coefficient included; k times the coefficient where the load is even. [nats/token]
+
+        `earlier`: what other parts of the same batch counted. Loads are then the whole batch's, as in arXiv 2501.11873;
+        probabilities, which carry the gradient, are those of `stats`.
+        """
+        mean = stats["probability"] / stats["tokens"]
+        selected, tokens = stats["selected"], stats["tokens"]
+        if earlier is not None:
+            selected, tokens = selected + earlier["selected"], tokens + earlier["tokens"]
+        return self.balance_coefficient * mean.numel() * (selected / tokens * mean).sum()
 
     def metrics(self, stats: dict[str, Tensor]) -> dict[str, float]:
         """How even the load is: its entropy as a share of the largest possible, the busiest expert's load over the
