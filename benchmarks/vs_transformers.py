@@ -223,8 +223,9 @@ def row_text(row: dict) -> str:
     )
 
 
-HEAD = """| size | dtype | what | T | theirs, tokens/s | ours, tokens/s | ours, ms | ratio | bar | met | their peak, MB | ours |
-|---|---|---|---|---|---|---|---|---|---|---|---|"""
+HEAD = """
+| size | dtype | what | T | theirs, tokens/s | ours, tokens/s | ours, ms | ratio | bar | met | theirs, MB | ours, MB |
+|---|---|---|---|---|---|---|---|---|---|---|---|""".strip()
 
 
 def main() -> None:

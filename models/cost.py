@@ -17,7 +17,7 @@ class Cost(NamedTuple):
 
 
 def cost(model: SeqZooForCausalLM | SeqZooConfig, *, context: int, dtype: torch.dtype = torch.bfloat16) -> Cost:
-    """Of a model, or of a config, which is not built. `context`: tokens of a sequence; `dtype`: of what decoding keeps."""
+    """Of a model, or of a config, unbuilt. `context`: tokens of a sequence; `dtype`: of what decoding keeps."""
     if isinstance(model, SeqZooConfig):
         with torch.device("meta"):
             model = SeqZooForCausalLM(model)
