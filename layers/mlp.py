@@ -3,13 +3,15 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seqzoo.layers.linear import Linear
+
 
 class GatedMLP(nn.Module):
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, width, bias=False)
+        self.up_proj = Linear(hidden_size, width, bias=False)
+        self.down_proj = Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> y [..., D]."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from seqzoo.kernels.expert_mlp import expert_mlp
+from seqzoo.layers.linear import Linear
 from seqzoo.layers.mlp import GatedMLP
 from seqzoo.layers.precision import wide
 from seqzoo.layers.span import Span
@@ -60,11 +61,11 @@ class MoE(nn.Module):
                 raise ValueError(f"{name}: expected at least 0, got {value}")
         self.k, self.renormalise = num_experts_per_token, renormalise
         self.balance_coefficient, self.bias_update_rate = balance_coefficient, bias_update_rate
-        self.router = nn.Linear(hidden_size, num_experts, bias=False)
+        self.router = Linear(hidden_size, num_experts, bias=False)
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_width))
         self.shared = GatedMLP(hidden_size, shared_width) if shared_width else None
-        self.shared_gate = nn.Linear(hidden_size, 1, bias=False) if shared_width and shared_gate else None
+        self.shared_gate = Linear(hidden_size, 1, bias=False) if shared_width and shared_gate else None
         self.register_buffer("expert_bias", torch.zeros(num_experts) if bias_update_rate else None)
         self.reset_parameters()
 

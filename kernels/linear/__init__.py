@@ -1,0 +1,1 @@
+from seqzoo.kernels.linear.op import linear
