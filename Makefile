@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CONSTRAINTS := $(wildcard constraints.txt)
 
 .PHONY: train test lint wheel clean
 
@@ -18,9 +19,9 @@ lint: $(VENV)/.installed
 wheel: $(VENV)/.installed
 	$(BIN)/pytest -q -m wheel tests/test_wheel.py
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --disable-pip-version-check $(CONSTRAINTS:%=-c %) -e '.[dev]'
 	touch $@
 
 clean:

@@ -22,33 +22,42 @@ def span_of(
     Raises:
         ValueError: shapes that do not fit, padding elsewhere than on the left, a sequence longer than `longest`.
     """
-    valid = None if attention_mask is None else _valid(attention_mask, B, T, seen)
+    valid, masked = None, False
+    if attention_mask is not None:
+        valid, masked = _valid(attention_mask, B, T, seen)
     if cu_seqlens is not None:
         span = _packed(cu_seqlens, B, T, seen, device)
     elif position_ids is not None:
         span = _from_positions(position_ids, B, T, seen, valid)
-    elif valid is not None:
-        positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        span = Span(positions[:, -T:])
+    elif masked:
+        span = Span((attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:])
     else:
         span = Span(torch.arange(seen, seen + T, device=device).expand(B, T))
-    if longest is not None and seen + T > longest:  # only then is it worth a look at the positions themselves
-        furthest = int(span.positions.max()) + 1
-        if furthest > longest:
-            raise ValueError(f"sequence of {furthest} tokens: max_position_embeddings is {longest}")
+    _check_range(span.positions, longest, given=position_ids is not None, reach=seen + T)
     return span if valid is None else span._replace(valid=valid)
 
 
-def _valid(mask: Tensor, B: int, T: int, seen: int) -> Tensor | None:
-    """[B, T] bool, None where nothing of what the mask covers is padding."""
-    if mask.ndim != 2 or mask.shape[0] != B or mask.shape[1] not in (T, seen + T):
+def _check_range(positions: Tensor, longest: int | None, *, given: bool, reach: int) -> None:
+    """Given positions are looked at on a CPU; counted ones, and a GPU's, only where they could go too far."""
+    if (longest is None or reach <= longest) and not (given and positions.device.type == "cpu" and positions.numel()):
+        return
+    low, high = (int(x) for x in positions.aminmax())
+    if low < 0:
+        raise ValueError(f"position_ids: expected 0 or more, got {low}")
+    if longest is not None and high >= longest:
+        raise ValueError(f"sequence of {high + 1} tokens: max_position_embeddings is {longest}")
+
+
+def _valid(mask: Tensor, B: int, T: int, seen: int) -> tuple[Tensor | None, bool]:
+    """[B, T] bool of the new tokens, None where none of them is padding; and whether anything is, or may be."""
+    if mask.shape != (B, seen + T):
         raise ValueError(f"attention_mask: expected [{B}, {seen + T}], got {list(mask.shape)}")
-    if mask.device.type == "cpu":
+    if mask.device.type == "cpu":  # on a GPU a look would wait for all that is under way
         if (mask[:, 1:] < mask[:, :-1]).any():
             raise ValueError("attention_mask: padding must stand on the left (padding_side='left')")
         if mask[:, -T:].all():
-            return None
-    return mask[:, -T:].bool()
+            return None, not mask.all()
+    return mask[:, -T:].bool(), True
 
 
 def _packed(cu_seqlens: Tensor, B: int, T: int, seen: int, device: torch.device) -> Span:

@@ -1,5 +1,6 @@
 """The package as a stranger gets it: built, installed away from the checkout, every module and config there."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ print(*sorted(names))
 from hydra import compose, initialize_config_module
 from seqzoo.train import model_config
 with initialize_config_module("seqzoo.configs", version_base=None):
-    for group in ("model", "data", "optimizer"):
+    for group in ("model", "data", "optimizer", "scheduler", "trainer"):
         for entry in (files("seqzoo.configs") / group).iterdir():
             cfg = compose("train", [f"{group}={entry.name.removesuffix('.yaml')}"])
             model_config(cfg)
@@ -31,7 +32,9 @@ with initialize_config_module("seqzoo.configs", version_base=None):
 @pytest.mark.wheel
 def test_wheel(tmp_path):
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, ROOT], check=True)
+    left = shutil.ignore_patterns(".*", "build", "*.egg-info", "runs", "__pycache__")  # nothing of an earlier build
+    shutil.copytree(ROOT, tmp_path / "source", ignore=left)
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, tmp_path / "source"], check=True)
     (wheel,) = tmp_path.glob("seqzoo-*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
     out = subprocess.run(

@@ -44,12 +44,12 @@ def gated_delta_rule_fla(
     """Same as `gated_delta_rule_reference`, in v's dtype inside.
 
     Raises:
-        ValueError: the package is missing, or the tensors are not on a GPU, or float64.
+        ValueError: the package is missing, or the tensors are not on a GPU, or not of 16 bits, which is all it takes.
     """
     if not usable():
         raise ValueError("backend fla: expected the package flash-linear-attention, which is not installed here")
-    if v.device.type != "cuda" or v.dtype == torch.float64:
-        raise ValueError(f"backend fla: expected CUDA tensors of at most 32 bits, got {v.dtype} on {v.device}")
+    if v.device.type != "cuda" or v.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"backend fla: expected CUDA tensors of bfloat16 or float16, got {v.dtype} on {v.device}")
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, beta, state))
