@@ -16,19 +16,28 @@ PLAIN = (Tensor, Parameter)  # a subclass, as of a quantised weight, keeps its n
 
 
 def few(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the C++ computes this: few rows, no gradient, no other dtype under autocast, a weight as it stands."""
+    """Whether the C++ computes this: shapes that fit, few rows, no gradient, no other dtype under autocast, plain
+    tensors, a weight as it stands. Cheap, for it is asked before every product."""
+    dtype, shape = x.dtype, weight.shape
     return (
-        0 < x.numel() <= FEW.get(x.dtype, 0) * x.shape[-1]
-        and x.dtype == weight.dtype
+        len(shape) == 2
+        and x.ndim > 0
+        and 0 < x.numel() <= FEW.get(dtype, 0) * shape[1]
+        and x.shape[-1] == shape[1]
+        and weight.dtype == dtype
         and x.is_cpu
         and weight.is_cpu
         and weight.is_contiguous()
         and type(x) in PLAIN
         and type(weight) in PLAIN
-        and (bias is None or bias.is_cpu and bias.dtype == x.dtype and type(bias) in PLAIN)
+        and (bias is None or _fits(bias, weight))
         and not (torch.is_grad_enabled() and _learns(x, weight, bias))
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def _fits(bias: Tensor, weight: Tensor) -> bool:
+    return bias.shape == weight.shape[:1] and bias.dtype == weight.dtype and bias.is_cpu and type(bias) in PLAIN
 
 
 def _learns(*tensors: Tensor | None) -> bool:
@@ -49,8 +58,9 @@ def linear_cpp(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The C++ itself, for what is `few`."""
-    out, width = weight.shape
-    x, y = x.contiguous(), x.new_empty((*x.shape[:-1], out))
+    shape, (out, width) = [*x.shape], weight.shape
+    shape[-1] = out
+    x, y = x.contiguous(), x.new_empty(shape)
     bias = None if bias is None else bias.contiguous()
     NATIVE.run(
         "forward", x.numel() // width, width, out, x.dtype == torch.bfloat16,

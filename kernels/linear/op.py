@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from seqzoo.kernels.dispatch import choose
-from seqzoo.kernels.linear.cpp import NATIVE, few, linear_cpp
+from seqzoo.kernels.dispatch import choose, forced
+from seqzoo.kernels.linear.cpp import NATIVE, few, linear_cpp, run
 from seqzoo.kernels.linear.reference import linear_reference
 
 BACKENDS = {
@@ -33,10 +33,12 @@ def linear(
     Raises:
         ValueError: shapes or dtypes that do not agree, or a forced backend that cannot run this.
     """
-    if bias is not None or x.dtype != weight.dtype or x.shape[-1:] != weight.shape[1:]:  # else nothing can be wrong
-        _check(x, weight, bias)
-    name = choose(BACKENDS, tokens=2, device=x.device, able=lambda _: few(x, weight, bias) and NATIVE.usable(x))
-    return BACKENDS[name](x, weight, bias)
+    if not forced() and NATIVE.usable(x) and few(x, weight, bias):  # decoding, for every matrix: asks no more than this
+        return run(x, weight, bias)
+    _check(x, weight, bias)
+    if not forced():
+        return F.linear(x, weight, bias)
+    return BACKENDS[choose(BACKENDS, tokens=2, device=x.device)](x, weight, bias)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
