@@ -229,9 +229,9 @@ def row_text(row: dict) -> str:
     )
 
 
-HEAD = """
-| size | dtype | what | T | theirs, tokens/s | ours, tokens/s | ours, ms (rounds) | ratio | bar | met | theirs, MB | ours, MB |
-|---|---|---|---|---|---|---|---|---|---|---|---|""".strip()
+COLUMNS = ["size", "dtype", "what", "T", "theirs t/s", "ours t/s", "ours ms (rounds)", "ratio", "bar", "met"]
+COLUMNS += ["theirs MB", "ours MB"]
+HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
 def main() -> None:
