@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+RUN_FILES = MANIFEST, RUN_TENSORS, RUN_FACTS = "manifest.json", "training.safetensors", "training.json"  # a run's own
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}

@@ -17,8 +17,12 @@ from runs import HYBRID, TRANSFORMER, options, run, written
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from seqzoo.models.checkpoints import MANIFEST, RUN_FILES
+from seqzoo.models.convert import convert
+from seqzoo.models.convert import folders as conversion
 from seqzoo.training import checkpoint as checkpoint_module
-from seqzoo.training.checkpoint import Checkpoints, choose, damage_of, load
+from seqzoo.training import trainer as trainer_module
+from seqzoo.training.checkpoint import Checkpoints, choose, damage_of, load_facts, load_tensors
 from seqzoo.training.state import load_random_state, random_state
 from seqzoo.training.trainer import Trainer
 
@@ -62,8 +66,18 @@ def test_what_is_saved_is_loaded_and_the_oldest_go(three):
     save(three, 4)
     assert [path.name for path in three.folder.iterdir() if path.suffix] == []
     assert [path.name for path in three.all()] == ["step-00000002", "step-00000003", "step-00000004"]
-    tensors, facts = load(three.newest())
-    assert facts == {"step": 4} and tensors["x"].tolist() == [4.0] * 3
+    newest = three.newest()
+    assert load_facts(newest) == {"step": 4} and load_tensors(newest)["x"].tolist() == [4.0] * 3
+
+
+@pytest.mark.parametrize("keep", range(1, 7))
+def test_as_many_are_kept_as_wished(keep, tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep)
+    for step in range(1, 9):
+        save(checkpoints, step)
+        assert [path.name for path in checkpoints.all()] == [
+            f"step-{s:08d}" for s in range(max(1, step - keep + 1), step + 1)
+        ]
 
 
 DAMAGES = {
@@ -81,9 +95,19 @@ def test_a_damaged_one_is_passed_over_and_named(damage, three, caplog):
     DAMAGES[damage](three.all()[-1])
     assert three.newest().name == "step-00000002"
     assert "step-00000003 is damaged" in caplog.text
-    with pytest.raises(ValueError, match="step-00000003: expected a checkpoint to resume, but"):
-        load(three.all()[-1])
+    with pytest.raises(ValueError, match="trainer.resume: expected a checkpoint folder, got .*step-00000003: "):
+        choose(three, str(three.all()[-1]))
     assert save(three, 3) == three.newest() and damage_of(three.all()[-1]) is None
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_one_is_not_one_of_those_kept(damage, three):
+    DAMAGES[damage](three.all()[1])
+    resumed = Checkpoints(three.folder, keep=3)
+    save(resumed, 4)
+    assert [path.name[-1] for path in resumed.all()] == ["1", "2", "3", "4"]
+    save(resumed, 5)
+    assert [path.name[-1] for path in resumed.all()] == ["3", "4", "5"]
 
 
 def test_only_damaged_ones(three):
@@ -216,6 +240,17 @@ def test_a_stopped_run_goes_on_bit_for_bit(step, whole, monkeypatch, capsys):
     same_files(stopped / "checkpoints" / LAST, folder / "checkpoints" / LAST)
 
 
+def test_a_checkpoint_is_read_once_to_go_on(whole, monkeypatch):
+    model, folder, _ = whole
+    start, hashed, opened = folder / "checkpoints" / "step-00000009", [], []
+    sha256, load_tensors = checkpoint_module._sha256, trainer_module.load_tensors
+    monkeypatch.setattr(checkpoint_module, "_sha256", lambda file: hashed.append(file) or sha256(file))
+    monkeypatch.setattr(trainer_module, "load_tensors", lambda path: opened.append(path) or load_tensors(path))
+    run(folder.parent / "once", model=model, accumulate=2, resume=start)
+    assert sorted(file for file in hashed if start in file.parents) == sorted(set(start.iterdir()) - {start / MANIFEST})
+    assert opened == [start]
+
+
 def test_a_finished_run_only_closes_again(whole):
     model, folder, closing = whole
     lines = written(folder)
@@ -270,6 +305,22 @@ def test_a_checkpoint_opens_as_any_other(whole):
     assert {"config.json", "model.safetensors", "tokenizer.json", "training.json", "training.safetensors"} < names
     assert not [name for name in names if name.endswith((".pt", ".bin", ".pkl", ".pth"))]
     json.loads((path / "training.json").read_text())
+
+
+def test_a_conversion_leaves_the_runs_own_files(tmp_path, monkeypatch):
+    closing = run(tmp_path / "run", model=HYBRID, steps=1)
+    path = tmp_path / "checkpoint"
+    shutil.copytree(closing["checkpoint"], path)
+    (path / "notes.txt").write_text("n" * 100_000)
+    report = convert(path, tmp_path / "theirs", to="qwen3_next")
+    made = {file.name for file in (tmp_path / "theirs").iterdir()}
+    assert made >= {"config.json", "model.safetensors", "tokenizer.json", "notes.txt"} and not made & set(RUN_FILES)
+    assert sorted(report.left) == sorted(RUN_FILES)
+    weights = sum((tmp_path / "theirs" / name).stat().st_size for name in made if name.endswith(".safetensors"))
+    room = shutil.disk_usage(tmp_path)._replace(free=weights + 50_000)  # for the tensors, not for what is carried along
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: room)
+    with pytest.raises(ValueError, match="no space left: expected"):
+        convert(path, tmp_path / "again", to="qwen3_next")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from typing import Any
 
 from torch import Tensor
 
-MANIFEST, TENSORS, FACTS = "manifest.json", "training.safetensors", "training.json"
+from seqzoo.models.checkpoints import MANIFEST, RUN_FACTS, RUN_TENSORS
+
 PARTIAL = ".partial"
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class Checkpoints:
 
     Args:
         folder: holds them; made when the first is saved.
-        keep: how many of the newest to keep.
+        keep: how many of the newest that are whole to keep.
 
     Raises:
         ValueError: keep below 1.
@@ -40,6 +41,7 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"trainer.keep: expected at least 1 checkpoint, got {keep}")
         self.folder, self.keep = folder, keep
+        self._whole: set[Path] = set()  # found so here: a content is hashed once, not at every save
 
     def save(self, step: int, write_model: Callable[[str], None], tensors: dict[str, Tensor], facts: dict) -> Path:
         """Write the checkpoint of a step, then remove those beyond `keep`.
@@ -67,7 +69,8 @@ class Checkpoints:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        self._remove_old(final)
+        self._whole.add(final)
+        self._remove_old()
         return final
 
     def all(self) -> list[Path]:
@@ -84,23 +87,32 @@ class Checkpoints:
         for path in reversed(found):
             damage = damage_of(path)
             if damage is None:
+                self._whole.add(path)
                 return path
             log.warning("%s is damaged (%s): looking for the one before", path, damage)
         if found:
             raise ValueError(f"{self.folder}: expected a whole checkpoint, got only damaged ones")
         return None
 
-    def _remove_old(self, newest: Path) -> None:
-        older = [path for path in self.all() if path < newest]
-        for path in older[: len(older) - (self.keep - 1)]:
+    def _remove_old(self) -> None:
+        """All that is older than the oldest to keep. A damaged one is no checkpoint, so it does not count."""
+        found = self.all()
+        whole = [path for path in found if self._is_whole(path)]
+        oldest = whole[-self.keep :][0]
+        for path in found[: found.index(oldest)]:
             try:
                 shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL)))
             except OSError as error:
                 log.warning("%s cannot be removed: %s", path, error)
 
+    def _is_whole(self, path: Path) -> bool:
+        if path not in self._whole and damage_of(path) is None:
+            self._whole.add(path)
+        return path in self._whole and damage_of(path, content=False) is None
 
-def damage_of(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, by its manifest; None where nothing is."""
+
+def damage_of(path: Path, *, content: bool = True) -> str | None:
+    """What is wrong with a checkpoint folder, by its manifest; None where nothing is. `content`: hash the files too."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         for name, expected in manifest.items():
@@ -109,7 +121,7 @@ def damage_of(path: Path) -> str | None:
                 return f"{name} is missing"
             if file.stat().st_size != expected["bytes"]:
                 return f"{name}: expected {expected['bytes']} bytes, got {file.stat().st_size}"
-            if _sha256(file) != expected["sha256"]:
+            if content and _sha256(file) != expected["sha256"]:
                 return f"{name}: its content has changed"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
@@ -118,18 +130,20 @@ def damage_of(path: Path) -> str | None:
     return None
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and facts of a checkpoint. Raises ValueError where it is damaged or is none."""
+def load_facts(path: Path) -> dict[str, Any]:
+    """The facts of a checkpoint that `choose` found whole."""
+    return json.loads((path / RUN_FACTS).read_text())
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors that a run needs beside the weights, of a checkpoint that `choose` found whole."""
     from safetensors.torch import load_file
 
-    damage = damage_of(path)
-    if damage is not None:
-        raise ValueError(f"{path}: expected a checkpoint to resume, but {damage}")
-    return load_file(path / TENSORS), json.loads((path / FACTS).read_text())
+    return load_file(path / RUN_TENSORS)
 
 
 def choose(checkpoints: Checkpoints, resume: str | None) -> Path | None:
-    """The checkpoint that a run goes on from; None to start.
+    """The checkpoint that a run goes on from, found whole by its manifest; None to start.
 
     Args:
         checkpoints: those of the run's folder.
@@ -149,11 +163,13 @@ def choose(checkpoints: Checkpoints, resume: str | None) -> Path | None:
         return None
     if resume == "auto":
         return checkpoints.newest()
-    path = Path(resume)
+    path, newest = Path(resume), checkpoints.newest() if found else None
+    if newest is not None and path.resolve() == newest.resolve():
+        return path
     damage = damage_of(path)
     if damage is not None:
         raise ValueError(f"trainer.resume: expected a checkpoint folder, got {path}: {damage}")
-    if found and path.resolve() != checkpoints.newest().resolve():
+    if newest is not None:
         raise ValueError(
             f"trainer.resume: expected the newest of {checkpoints.folder}, got {path}; "
             "choose another run_dir to go on from there"
@@ -176,10 +192,10 @@ def _write(folder: Path, write_model: Callable[[str], None], tensors: dict[str, 
 
     try:
         write_model(str(folder))
-        save_file(tensors, folder / TENSORS)
+        save_file(tensors, folder / RUN_TENSORS)
     except SafetensorError as error:  # an input or output error in other clothes
         raise OSError(str(error)) from error
-    (folder / FACTS).write_text(json.dumps(facts))
+    (folder / RUN_FACTS).write_text(json.dumps(facts))
     manifest = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         _to_disk(file)

@@ -18,7 +18,7 @@ from seqzoo.data.source import Corpus
 from seqzoo.data.tokenizer import Tokenizer
 from seqzoo.models.causal_lm import SeqZooForCausalLM, Stats
 from seqzoo.models.config import SeqZooConfig
-from seqzoo.training.checkpoint import Checkpoints, load, require_same
+from seqzoo.training.checkpoint import Checkpoints, load_facts, load_tensors, require_same
 from seqzoo.training.evaluate import bits, evaluate
 from seqzoo.training.logbook import Logbook
 from seqzoo.training.progress import Progress
@@ -80,9 +80,9 @@ class Trainer:
         """Go on where a checkpoint stands; the model has its weights already.
 
         Raises:
-            ValueError: it is damaged, of another model, tokenizer, optimizer or data.
+            ValueError: it is of another model, tokenizer, optimizer or data.
         """
-        tensors, facts = load(path)
+        tensors, facts = load_tensors(path), load_facts(path)
         self.batches.load_state_dict(facts["data"])
         load_optimizer_tensors(self.model, self.optimizers, tensors)
         self.step, self.tokens, self.seconds = facts["step"], facts["tokens"], facts["seconds"]
@@ -238,7 +238,7 @@ def made_of(config: SeqZooConfig, tokenizer: Tokenizer) -> dict[str, Any]:
 
 def require_same_model(path: Path, config: SeqZooConfig, tokenizer: Tokenizer) -> None:
     """Raises ValueError naming every key in which a checkpoint's model or tokenizer differs from these."""
-    require_same(load(path)[1]["made_of"], made_of(config, tokenizer), path)
+    require_same(load_facts(path)["made_of"], made_of(config, tokenizer), path)
 
 
 def _pooled(before: Stats | None, now: Stats) -> Stats:

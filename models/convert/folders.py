@@ -93,7 +93,8 @@ def write(plan: Plan, dst: Path) -> None:
     dst = dst.resolve()
     part = dst.with_name(f".{dst.name}.partial")
     dst.parent.mkdir(parents=True, exist_ok=True)
-    needed, free = sum(head.bytes for head in plan.heads.values()), shutil.disk_usage(dst.parent).free
+    carried = sum((plan.source / name).stat().st_size for name in plan.report.carried)
+    needed, free = carried + sum(head.bytes for head in plan.heads.values()), shutil.disk_usage(dst.parent).free
     if needed > free:
         raise ValueError(f"{dst.parent}: no space left: expected {needed:,} bytes, got {free:,}")
     try:
@@ -214,5 +215,6 @@ def _report(
     fates += [Fate("kept", {name: head}, {name: head}) for name, head in kept.items()]
     written = {"config.json", checkpoints.INDEX, RECORD, EXTRA, *files}
     others = sorted(path for path in src.iterdir() if path.name not in written)
-    carried = [p.name for p in others if p.is_file() and p.suffix not in checkpoints.PICKLES and p.name[0] != "."]
+    useless = {path.name for path in others if path.suffix in checkpoints.PICKLES} | set(checkpoints.RUN_FILES)
+    carried = [path.name for path in others if path.is_file() and path.name[0] != "." and path.name not in useless]
     return Report(*names, fates, carried, [path.name for path in others if path.name not in carried])
