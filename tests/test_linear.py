@@ -195,6 +195,17 @@ def test_the_layer_is_torchs():
         assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
+def test_a_parametrised_layer():
+    """What is computed in a parameter's place is used, the weight as well as the bias."""
+    layer, x = Linear(12, 7), torch.randn(1, 12)
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    nn.utils.parametrizations.weight_norm(layer)
+    nn.utils.parametrize.register_parametrization(layer, "bias", nn.Softplus(), unsafe=True)
+    with torch.no_grad():
+        layer.parametrizations.weight.original0.mul_(3)
+        assert_close(layer(x), F.linear(x, 3 * weight, F.softplus(bias)), atol=1e-6, rtol=1e-5)
+
+
 @NEEDS_COMPILER
 def test_token_by_token_is_the_whole():
     """Decoding goes through the C++, the whole text through torch."""
@@ -242,4 +253,6 @@ def test_errors_name_the_argument(message):
 def test_a_backend_that_cannot_run_is_refused():
     x, weight, bias = draw((1,), 8, 6, torch.float64)
     with use_backend("cpp"), pytest.raises(ValueError, match="backend cpp: expected float32 or bfloat16"):
+        linear(x, weight, bias)
+    with use_backend("triton"), pytest.raises(ValueError, match="expected a backend of this op"):
         linear(x, weight, bias)

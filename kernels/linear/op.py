@@ -27,8 +27,8 @@ def linear(
         bias: added to the result.
 
     Returns:
-        y, in x's dtype (autocast's where that is on). Summed in fp32 and more; for up to eight rows without a gradient
-        a row's bits do not depend on the other rows.
+        y, in x's dtype (autocast's where that is on). Summed in fp32 or wider; what the C++ computes does not
+        depend, to the bit, on a row's neighbours or on the number of threads.
 
     Raises:
         ValueError: shapes or dtypes that do not agree, or a forced backend that cannot run this.
