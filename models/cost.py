@@ -1,5 +1,6 @@
 """What a model costs, added up from what each of its parts says of itself."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -9,11 +10,25 @@ from seqzoo.models.causal_lm import SeqZooForCausalLM
 from seqzoo.models.config import SeqZooConfig
 
 
-class Cost(NamedTuple):
-    parameters: int
+class Part(NamedTuple):
+    """All uses of one part of a model."""
+
+    name: str  # embedding, norms, head, or as in config.json: mixers.delta, channels.moe
+    count: int  # how often a token passes through it
+    parameters: int  # each once: tied ones in the part that comes first
     active_parameters: int  # those that a token meets: of the experts, only the chosen
-    flops_per_token: int  # forward, at the mean over `context` tokens; a training step is three times that
+    flops_per_token: int  # forward, at the mean over `context` tokens; norms are left out
     state_bytes: int  # what one sequence of `context` tokens keeps for decoding
+
+
+class Cost(NamedTuple):
+    """Of a model: the sums over its parts. A training step is three times `flops_per_token`."""
+
+    parameters: int
+    active_parameters: int
+    flops_per_token: int
+    state_bytes: int
+    parts: list[Part]
 
 
 def cost(model: SeqZooForCausalLM | SeqZooConfig, *, context: int, dtype: torch.dtype = torch.bfloat16) -> Cost:
@@ -21,30 +36,38 @@ def cost(model: SeqZooForCausalLM | SeqZooConfig, *, context: int, dtype: torch.
     if isinstance(model, SeqZooConfig):
         with torch.device("meta"):
             model = SeqZooForCausalLM(model)
-    levels = model.stack.levels()
-    return Cost(
-        parameters=sum(p.numel() for p in model.parameters()),  # tied ones once
-        active_parameters=_active(model),
-        flops_per_token=sum(_flops(block, context) for block in levels) + 2 * model.lm_head.weight.numel(),
-        state_bytes=sum(_part(block, "mixer").state_bytes(context, dtype) for block in levels),
-    )
+    parts: dict[str, Part] = {}
+    seen: set[int] = set()
+    for name, module, flops, state in _uses(model, context, dtype):
+        new = {id(p): p for p in module.parameters() if id(p) not in seen}
+        seen |= new.keys()
+        parameters = sum(p.numel() for p in new.values())
+        own = (1, parameters, parameters - (_idle(module) if new else 0), flops, state)
+        before = parts.get(name, Part(name, 0, 0, 0, 0, 0))
+        parts[name] = Part(name, *(old + more for old, more in zip(before[1:], own, strict=True)))
+    columns = list(zip(*parts.values(), strict=True))
+    return Cost(*(sum(column) for column in columns[2:]), parts=list(parts.values()))
 
 
-def _active(module: nn.Module) -> int:
-    counted = {id(p): p.numel() for p in module.parameters()}
-    for part in module.modules():
-        if hasattr(part, "active_parameters"):
-            own = list(part.parameters())
-            idle = sum(p.numel() for p in own) - part.active_parameters()
-            counted[id(own[0])] -= idle
-    return sum(counted.values())
+def _uses(model: SeqZooForCausalLM, context: int, dtype: torch.dtype) -> Iterator[tuple[str, nn.Module, int, int]]:
+    """All that a token passes through: the part's name, the module, FLOPs per token, bytes of state."""
+    yield "embedding", model.embed_tokens, 0, 0
+    pattern, others = model.config.pattern, []
+    for i, block in enumerate(model.stack.levels()):
+        entry = pattern[i % len(pattern)]
+        if entry in model.config.blocks:  # one that is not made of the two speaks for itself
+            yield f"blocks.{entry}", block, block.flops(context), block.state_bytes(context, dtype)
+            continue
+        mixer, channel = entry.split("/")
+        yield f"mixers.{mixer}", block.mixer, block.mixer.flops(context), block.mixer.state_bytes(context, dtype)
+        yield f"channels.{channel}", block.channel, block.channel.flops(context), 0
+        others += [block.mixer_norm, block.channel_norm]
+    for norm in (*others, model.stack.norm):
+        yield "norms", norm, 0, 0
+    yield "head", model.lm_head, 2 * model.lm_head.weight.numel(), 0
 
 
-def _flops(block: nn.Module, context: int) -> int:
-    parts = {id(part): part for part in (_part(block, "mixer"), _part(block, "channel"))}
-    return sum(part.flops(context) for part in parts.values())
-
-
-def _part(block: nn.Module, name: str) -> nn.Module:
-    """A block's mixer or channel; a block that is not made of the two speaks for itself."""
-    return getattr(block, name, block)
+def _idle(module: nn.Module) -> int:
+    """Parameters that a token does not meet."""
+    choosy = [part for part in module.modules() if hasattr(part, "active_parameters")]
+    return sum(sum(p.numel() for p in part.parameters()) - part.active_parameters() for part in choosy)

@@ -30,15 +30,18 @@ TRAINER = dict(
 CLOCK = {"seconds", "tokens_per_second", "peak_bytes", "checkpoint"}  # what two equal runs do not share
 
 
-def options(folder: Path, *more: str, model: list[str] = TRANSFORMER, **trainer) -> list[str]:
-    """Overrides of a run in `folder`, on files that are made beside it."""
+def options(
+    folder: Path, *more: str, model: list[str] = TRANSFORMER, data: str | None = "stdlib", **trainer
+) -> list[str]:
+    """Overrides of a run in `folder`, on files that are made beside it; without `data` the data are in `more`."""
     text = folder.parent / "text"
     if not text.exists():
         text.mkdir()
         for i in range(20):
             (text / f"m{i}.py").write_text("".join(f"def f{j}(x):\n    return x + {i * j}\n\n" for j in range(i + 1)))
     settings = [f"trainer.{name}={value}" for name, value in (TRAINER | trainer).items()]
-    return [*model, f"data.folder={text}", "data.validation_share=0.2", f"run_dir={folder}", *settings, *more]
+    files = [f"data={data}", f"data.folder={text}", "data.validation_share=0.2"] if data else []
+    return [*model, *files, f"run_dir={folder}", *settings, *more]
 
 
 def run(folder: Path, *more: str, picture: bool = False, **trainer) -> dict:

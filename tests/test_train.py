@@ -6,7 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import islice
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,10 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from runs import HYBRID, options, run, written
 from torch import nn
 
+from seqzoo.data.packing import IGNORED, TrainingBatches
 from seqzoo.data.stdlib import stdlib
+from seqzoo.data.tokenizer import load_tokenizer
+from seqzoo.layers.blocks.residual import Residual
 from seqzoo.models import SeqZooForCausalLM
 from seqzoo.training import trainer as trainer_module
 from seqzoo.training.closing import print_sample
@@ -152,7 +158,6 @@ def test_a_run_leaves_what_people_expect(tmp_path, capsys):
     closing = run(folder, picture=True, tensorboard="true", steps=30, sequence_length=64, log_every=1, **often)
     train = [line for line in written(folder) if line["split"] == "train"]
     assert [line["step"] for line in train] == list(range(1, 31))
-    assert [line["tokens"] for line in train] == list(range(128, 30 * 128 + 1, 128))
     assert train[0]["bits_per_byte"] == pytest.approx(8, abs=0.3) and train[-1]["bits_per_byte"] < 5
     assert all(line["grad_norm"] > 0 for line in train) and train[-1]["lr"] < 0.2 * max(line["lr"] for line in train)
     assert [line["step"] for line in written(folder) if line["split"] == "validation"] == [4, 8, 12, 16, 20, 24, 28]
@@ -164,6 +169,18 @@ def test_a_run_leaves_what_people_expect(tmp_path, capsys):
     for fact in ("step 30/30", "bits/byte", "tokens/s", f"{closing['parameters']:,}", "MiB", closing["checkpoint"]):
         assert fact in out
     assert f"{closing['bits_per_byte']:.4f} bits per byte" in out and f"{closing['xz_bits_per_byte']:.4f}" in out
+
+
+def test_what_only_fills_a_row_is_no_token(tmp_path):
+    folder = tmp_path / "run"
+    closing = run(folder, steps=30, sequence_length=64, log_every=30)
+    documents = stdlib(validation_share=0.2, folder=str(tmp_path / "text")).train
+    stream = TrainingBatches(documents, load_tokenizer(None), rows=2, length=64, seed=0, shuffle_buffer=4)
+    batches = list(islice(stream, 30))
+    read = sum(int((batch.shift_labels != IGNORED).sum()) for batch in batches)
+    assert closing["tokens"] == read < sum(batch.input_ids.numel() for batch in batches)
+    train = next(line for line in records(folder) if line["split"] == "train")
+    assert train["tokens"] == read and train["tokens_per_second"] == pytest.approx(read / closing["seconds"])
 
 
 def test_bits_per_byte_are_all_nats_over_bytes(tmp_path):
@@ -197,10 +214,120 @@ def test_micro_batches_are_one_batch(tmp_path):
     assert len(one) == 3 and all(a == pytest.approx(b, rel=1e-4) for a, b in zip(one, two, strict=True))
 
 
-@pytest.mark.parametrize("choice", ["optimizer=adamw", "scheduler=wsd", "trainer.precision=bf16"])
-def test_choices_train(choice, tmp_path):
-    closing = run(tmp_path / "run", choice, "trainer.gradient_checkpointing=true", steps=20, sequence_length=64)
+@pytest.fixture
+def trainers(monkeypatch):
+    """Every trainer that a run made."""
+    fit, seen = trainer_module.Trainer.fit, []
+    monkeypatch.setattr(trainer_module.Trainer, "fit", lambda self, *rest: seen.append(self) or fit(self, *rest))
+    return seen
+
+
+def learned(folder, *choices, **trainer):
+    """A run that learns, whatever was chosen -> its training lines."""
+    closing = run(folder, *choices, **dict(steps=20, sequence_length=64, log_every=1) | trainer)
     assert closing["bits_per_byte"] < 6.5
+    return [line for line in written(folder) if line["split"] == "train"]
+
+
+@pytest.mark.parametrize("choice, kinds", [("adamw", ["AdamW"]), ("muon", ["Muon", "AdamW"])])
+def test_the_optimizer_is_the_chosen(choice, kinds, tmp_path, trainers):
+    learned(tmp_path / "run", f"optimizer={choice}")
+    assert [type(optimizer).__name__ for optimizer in trainers[0].optimizers] == kinds
+    deal(trainers[0].model, trainers[0].optimizers)  # every parameter once
+
+
+@pytest.mark.parametrize(
+    "choice, factor",
+    [
+        (["scheduler=cosine", "scheduler.floor=0.5"], cosine(20, warmup=0.02, floor=0.5)),
+        (["scheduler=wsd", "scheduler.decay=0.3"], wsd(20, warmup=0.02, decay=0.3, floor=0.0)),
+    ],
+    ids=["cosine", "wsd"],
+)
+def test_the_rate_is_the_schedules(choice, factor, tmp_path, trainers):
+    lines = learned(tmp_path / "run", *choice, "optimizer=adamw", "optimizer.lr=0.01")
+    assert [line["lr"] for line in lines] == [pytest.approx(0.01 * factor(step)) for step in range(20)]
+    assert trainers[0].optimizers[0].param_groups[0]["lr"] == lines[-1]["lr"]  # what the last step was made with
+
+
+def test_bf16_is_near_fp32_and_not_it(tmp_path):
+    wide, narrow = (learned(tmp_path / name, f"trainer.precision={name}") for name in ("fp32", "bf16"))
+    first = [lines[0]["loss"] for lines in (wide, narrow)]  # of the same weights
+    assert first[0] != first[1] and first[0] == pytest.approx(first[1], rel=1e-2)
+
+
+def test_gradient_checkpointing_computes_the_same_again(tmp_path, trainers, monkeypatch):
+    counted = []
+    forward = Residual.forward
+    monkeypatch.setattr(Residual, "forward", lambda self, *rest: counted.append(self.training) or forward(self, *rest))
+    kept, again = (
+        learned(tmp_path / f"{choice}", f"trainer.gradient_checkpointing={choice}") for choice in ("false", "true")
+    )
+    assert [trainer.model.stack.gradient_checkpointing for trainer in trainers] == [False, True]
+    assert sum(counted) == 20 + 2 * 20  # one layer, forward and once more on the way back
+    assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-3) for a, b in zip(kept, again, strict=True))
+
+
+def test_a_run_without_a_sample(tmp_path, capsys):
+    run(tmp_path / "run", steps=1, sample_tokens=0)
+    assert not (tmp_path / "run" / "sample.txt").exists() and "def " not in capsys.readouterr().out
+
+
+def test_the_clock_ends_a_run_and_saves_it(tmp_path, monkeypatch):
+    clock = [0.0]
+    step = trainer_module.Trainer._step
+
+    def slow(self, progress):
+        clock[0] += 20.0
+        return step(self, progress)
+
+    monkeypatch.setattr(trainer_module.Trainer, "_step", slow)
+    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: clock[0])
+    closing = run(tmp_path / "run", steps=12, max_minutes=1.5)
+    assert closing["checkpoint"].endswith("step-00000005")  # the first after 90 s
+    assert [line["step"] for line in written(tmp_path / "run") if line["split"] == "final"] == [5]
+
+
+@pytest.mark.slow
+def test_a_compiled_run(tmp_path):
+    """Trains, validates and generates, as it does uncompiled."""
+    plain, compiled = (run(tmp_path / f"{choice}", steps=2, compile=choice) for choice in ("false", "true"))
+    assert compiled["bits_per_byte"] == pytest.approx(plain["bits_per_byte"], rel=1e-3)
+    assert len((tmp_path / "true" / "sample.txt").read_text()) > len("def ")
+
+
+def test_experts_balance_by_their_biases(tmp_path, trainers):
+    run(tmp_path / "run", "++model.channels.moe.bias_update_rate=0.01", model=HYBRID, steps=3)
+    for block in trainers[0].model.stack.blocks:
+        steps = block.channel.expert_bias / 0.01
+        assert steps.abs().max() >= 1 and torch.allclose(steps, steps.round(), atol=1e-4) and steps.abs().max() <= 3
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_text_files_train(kind, tmp_path):
+    documents = [f"document {i} " + "word " * (i % 7) for i in range(60)]
+    for name, some in (("train", documents[:50]), ("held_out", documents[50:])):
+        file = tmp_path / f"{name}.{kind}"
+        if kind == "txt":
+            file.write_text("\n".join(some))
+        elif kind == "jsonl":
+            file.write_text("\n".join(json.dumps({"body": document}) for document in some))
+        else:
+            pq.write_table(pa.table({"body": some}), file)
+    choices = ["data=text", f"data.files={tmp_path}/train.*", f"data.validation_files={tmp_path}/held_out.*"]
+    closing = run(tmp_path / "run", *choices, "data.column=body", data=None, steps=20, sequence_length=64)
+    size = sum(map(len, documents[50:])) + (9 if kind == "txt" else 0)
+    assert closing["bits_per_byte"] < 6.5 and closing["validation_bytes"] == size
+
+
+def test_a_streamed_data_set_trains(tmp_path):
+    (tmp_path / "set").mkdir()
+    documents = [f"document {i} " + "word " * (i % 7) for i in range(60)]
+    for name, some in (("train", documents[:50]), ("test", documents[50:])):
+        (tmp_path / "set" / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in some))
+    choices = ["data=hub", f"data.path={tmp_path}/set", "data.validation_split=test"]
+    closing = run(tmp_path / "run", *choices, data=None, steps=20, sequence_length=64)
+    assert closing["bits_per_byte"] < 6.5 and closing["validation_bytes"] == sum(map(len, documents[50:]))
 
 
 def test_experts_are_counted_over_the_whole_batch(tmp_path, monkeypatch):
@@ -235,6 +362,12 @@ def test_experts_are_counted_over_the_whole_batch(tmp_path, monkeypatch):
         ("trainer.steps=0", ValueError, "trainer.steps: expected at least 1, got 0"),
         ("trainer.precision=fp8", ValueError, "trainer.precision: expected one of"),
         ("trainer.clip=0", ValueError, "trainer.clip: expected a norm above 0 or null, got 0"),
+        ("trainer.sample_tokens=-1", ValueError, "trainer.sample_tokens: expected at least 0, got -1"),
+        ("trainer.temperature=-0.5", ValueError, "trainer.temperature: expected at least 0, got -0.5"),
+        ("trainer.prompt=null", ValueError, "trainer.prompt: expected text, got None"),
+        ("trainer.max_minutes=0", ValueError, "trainer.max_minutes: expected minutes above 0 or null, got 0"),
+        ("model.max_position_embeddings=23", ValueError, "trainer.sequence_length: expected at most model.max_posi"),
+        ("trainer.sample_tokens=20", ValueError, "=24 together with the prompt's 5, got 20"),
         ("trainer.wandb=true", ValueError, "trainer.wandb: expected the package wandb"),
         ("model.vocab_size=250", ValueError, "model.vocab_size: expected at least 257"),
         ("data.folder=/nothing", ValueError, "data.folder: expected .py files"),
@@ -242,8 +375,9 @@ def test_experts_are_counted_over_the_whole_batch(tmp_path, monkeypatch):
 )
 def test_configurations_that_cannot_be(override, error, says, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(trainer_module.Trainer, "fit", lambda *rest: pytest.fail("training began"))
     with pytest.raises(error) as caught:
-        run(tmp_path / "run", override)
+        run(tmp_path / "run", "model.max_position_embeddings=24", override)
     assert says in f"{caught.value} {caught.value.__cause__}"
 
 
@@ -316,3 +450,19 @@ def test_several_runs_from_one_command(tmp_path):
     assert done.returncode == 0, done.stderr
     one, two = written(tmp_path / "sweep" / "0"), written(tmp_path / "sweep" / "1")
     assert [line["split"] for line in one] == ["train", "final"] and one[0]["loss"] != two[0]["loss"]
+    for number in ("0", "1"):
+        folder = tmp_path / "sweep" / number
+        assert f"run_dir: {folder}\n" in (folder / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_the_exit_code(number, tmp_path):
+    command = [sys.executable, "-m", "seqzoo.train", *options(tmp_path / "run", steps=10_000, checkpoint_every=10_000)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    for line in process.stdout:
+        if line.startswith("step "):
+            process.send_signal(number)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 128 + number
+    assert f"{number.name}: stopped after step" in rest and len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1

@@ -1,20 +1,26 @@
-"""The end of a run: what was reached, at what cost, in one table."""
+"""The end of a run: what was reached, at what cost, in tables."""
 
 import sys
 from typing import Any
 
 import torch
 
-Rows = list[tuple[str, str]]
+Rows = list[tuple[str, ...]]
+
+
+def part_rows(facts: dict[str, Any]) -> Rows:
+    """What each of the model's parts costs, below a row of headings, and their sum."""
+    names = ("parameters", "active_parameters", "flops_per_token", "state_bytes")
+    headings = ("part", "layers", "parameters", "active per token", "FLOPs per token, forward")
+    rows = [(*headings, f"state of {facts['context']:,} tokens [bytes]")]
+    for part in facts["parts"]:
+        rows.append((part["name"], f"{part['count']:,}", *(f"{part[name]:,}" for name in names)))
+    return [*rows, ("all", "", *(f"{facts[name]:,}" for name in names))]
 
 
 def closing_rows(facts: dict[str, Any]) -> Rows:
-    """What the table says of a run's closing record and of its model's cost, in words and units."""
-    rows = [
-        ("parameters", f"{facts['parameters']:,}"),
-        ("active per token", f"{facts['active_parameters']:,}"),
-        ("FLOPs per token, forward", f"{facts['flops_per_token']:,}"),
-        (f"state of {facts['context']:,} tokens", f"{facts['state_bytes']:,} bytes"),
+    """What the table says of a run's closing record, in words and units."""
+    return [
         ("tokens", f"{facts['tokens']:,}"),
         ("training time", f"{facts['seconds']:,.1f} s"),
         ("speed", f"{facts['tokens'] / max(facts['seconds'], 1e-9):,.0f} tokens/s"),
@@ -24,18 +30,20 @@ def closing_rows(facts: dict[str, Any]) -> Rows:
         ("checkpoint", str(facts["checkpoint"])),
         ("picture", str(facts["picture"])),
     ]
-    return rows
 
 
-def print_table(rows: Rows) -> None:
-    """Two columns, on a terminal in a frame, and whole wherever it goes."""
+def print_table(rows: Rows, *, numbers: bool = False) -> None:
+    """In a frame, on a terminal as wide as that, and whole elsewhere. `numbers`: headings, then names and numbers."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(show_header=False)
-    for row in rows:
+    table = Table(show_header=numbers)
+    for i, heading in enumerate(rows[0]):
+        table.add_column(heading if numbers else None, justify="right" if numbers and i else "left")
+    for row in rows[1:] if numbers else rows:
         table.add_row(*row)
-    wide = 7 + sum(max(map(len, column)) for column in zip(*rows, strict=True))  # 7: the frame
+    columns = list(zip(*rows, strict=True))
+    wide = 1 + sum(3 + max(map(len, column)) for column in columns)  # a frame around each
     width = None if sys.stdout.isatty() else wide
     Console(width=width, markup=False, highlight=False).print(table)
 

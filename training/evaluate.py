@@ -43,6 +43,32 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], precision: AbstractCont
     return {"loss": nats / targets, "bits_per_byte": bits(nats, num_bytes)}
 
 
+def check_lengths(tokenizer: Tokenizer, longest: int | None, *, row: int, prompt: str, tokens: int) -> None:
+    """That a model can read all that a run will give it; better known before training than after.
+
+    Args:
+        tokenizer: of the prompt.
+        longest: tokens that the model can read; None is no limit.
+        row: tokens of a row.
+        prompt, tokens: of the sample.
+
+    Raises:
+        ValueError: a row or a sample that is longer.
+    """
+    if longest is None:
+        return
+    if row > longest:
+        raise ValueError(
+            f"trainer.sequence_length: expected at most model.max_position_embeddings={longest}, got {row}"
+        )
+    length = 1 + len(tokenizer.encode(prompt.encode())) + tokens  # 1: the document's start
+    if tokens and length > longest:
+        raise ValueError(
+            f"trainer.sample_tokens: expected at most model.max_position_embeddings={longest} together with the "
+            f"prompt's {length - tokens}, got {tokens}"
+        )
+
+
 @torch.no_grad()
 def sample(model: nn.Module, tokenizer: Tokenizer, prompt: str, *, tokens: int, temperature: float, seed: int) -> str:
     """The prompt, at the beginning of a document, and what the model makes of it.
@@ -62,6 +88,8 @@ def sample(model: nn.Module, tokenizer: Tokenizer, prompt: str, *, tokens: int, 
     drawing = dict(do_sample=True, temperature=temperature, top_k=0) if temperature else dict(do_sample=False)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **drawing)
+        # a compiled model would be compiled again for each of the lengths that it grows through
+        with torch.compiler.set_stance("force_eager"):
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **drawing)
     model.train(was_training)
     return tokenizer.decode(out[0].tolist())

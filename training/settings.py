@@ -28,7 +28,7 @@ class Settings:
         keep: checkpoints to keep.
         resume: None starts, "auto" goes on from the run folder's newest checkpoint, a path from that one.
         tensorboard, wandb: whether to write there too.
-        prompt, sample_tokens, temperature: of the text made at the end.
+        prompt, sample_tokens, temperature: of the text made at the end; 0 tokens make none.
     """
 
     steps: int
@@ -65,6 +65,13 @@ class Settings:
             raise ValueError(f"trainer.precision: expected one of {PRECISIONS}, got {self.precision!r}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"trainer.clip: expected a norm above 0 or null, got {self.clip}")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ValueError(f"trainer.max_minutes: expected minutes above 0 or null, got {self.max_minutes}")
+        if not isinstance(self.prompt, str):
+            raise ValueError(f"trainer.prompt: expected text, got {self.prompt!r}")
+        for name in ("sample_tokens", "temperature"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"trainer.{name}: expected at least 0, got {getattr(self, name)}")
 
     def torch_device(self) -> torch.device:
         return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))

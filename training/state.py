@@ -22,12 +22,34 @@ def optimizer_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str
     }
 
 
-def load_optimizer_tensors(model: nn.Module, optimizers: list[Optimizer], tensors: dict[str, Tensor]) -> None:
+def optimizer_kinds(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, str]:
+    """The class of the optimizer that steps each parameter, by the parameter's name."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {
+        names[p]: type(optimizer).__name__
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+
+
+def load_optimizer_tensors(
+    model: nn.Module, optimizers: list[Optimizer], tensors: dict[str, Tensor], kinds: dict[str, str]
+) -> None:
     """Give it back; rates and decays stay those of the configuration.
 
+    Args:
+        model: its parameters have the names.
+        optimizers: of the run that goes on.
+        tensors, kinds: what `optimizer_tensors` and `optimizer_kinds` once gave.
+
     Raises:
-        ValueError: memory of a parameter that none of these optimizers steps, or of another optimizer's kind.
+        ValueError: a parameter that is stepped by another kind of optimizer than it was.
     """
+    now = optimizer_kinds(model, optimizers)
+    for name in sorted(kinds.keys() | now.keys()):
+        if kinds.get(name) != now.get(name):
+            raise ValueError(f"optimizer: expected {kinds.get(name)} for {name}, got {now.get(name)}")
     names = {p: name for name, p in model.named_parameters()}
     memories: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -37,15 +59,8 @@ def load_optimizer_tensors(model: nn.Module, optimizers: list[Optimizer], tensor
     for optimizer in optimizers:
         state = optimizer.state_dict()
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        mine = {i: memories.pop(names[p]) for i, p in enumerate(params) if names[p] in memories}
-        expected = {"momentum_buffer"} if "momentum" in optimizer.defaults else {"step", "exp_avg", "exp_avg_sq"}
-        for i, memory in mine.items():
-            if memory.keys() != expected:
-                name = names[params[i]]
-                raise ValueError(f"optimizer: expected {sorted(expected)} for {name}, got {sorted(memory)}")
+        mine = {i: memories[names[p]] for i, p in enumerate(params) if names[p] in memories}
         optimizer.load_state_dict({"state": mine, "param_groups": state["param_groups"]})
-    if memories:
-        raise ValueError(f"optimizer: the checkpoint has memory of parameters that are not there: {sorted(memories)}")
 
 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -24,7 +24,13 @@ from seqzoo.training.logbook import Logbook
 from seqzoo.training.progress import Progress
 from seqzoo.training.schedules import Schedule
 from seqzoo.training.settings import Settings
-from seqzoo.training.state import load_optimizer_tensors, load_random_state, optimizer_tensors, random_state
+from seqzoo.training.state import (
+    load_optimizer_tensors,
+    load_random_state,
+    optimizer_kinds,
+    optimizer_tensors,
+    random_state,
+)
 
 log = logging.getLogger(__name__)
 VERSION_KEYS = {"transformers_version", "_name_or_path", "architectures", "dtype"}  # say how a config was written
@@ -66,7 +72,8 @@ class Trainer:
         self.checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.step = self.tokens = self.skips = 0
+        self.step = self.skips = 0
+        self.tokens = 0  # read in steps, also in skipped ones
         self.seconds = 0.0  # spent in steps
         self.window = _new_window()
         self.last_good: Path | None = None
@@ -84,7 +91,7 @@ class Trainer:
         """
         tensors, facts = load_tensors(path), load_facts(path)
         self.batches.load_state_dict(facts["data"])
-        load_optimizer_tensors(self.model, self.optimizers, tensors)
+        load_optimizer_tensors(self.model, self.optimizers, tensors, facts["optimizers"])
         self.step, self.tokens, self.seconds = facts["step"], facts["tokens"], facts["seconds"]
         self.skips, self.window, self.last_good = facts["skips"], facts["window"], path
         load_random_state(tensors, facts["random"])
@@ -106,8 +113,8 @@ class Trainer:
             self.seconds += seconds
             self.window["seconds"] += seconds
             progress.step(self.step, seconds, **self._shown())
-            out_of_time = settings.max_minutes and time.monotonic() - began >= 60 * settings.max_minutes
-            ended = self.step >= settings.steps or stop.received is not None or bool(out_of_time)
+            out_of_time = settings.max_minutes is not None and time.monotonic() - began >= 60 * settings.max_minutes
+            ended = self.step >= settings.steps or stop.received is not None or out_of_time
             if self.step % settings.log_every == 0 or self.step >= settings.steps:
                 self._log(logbook, record)
             if self.step % settings.validate_every == 0 and self.step < settings.steps:
@@ -134,7 +141,9 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.settings.clip or math.inf)
         nats, loss, norm = torch.stack([nats, loss, norm]).tolist()
         self.step += 1
-        self.tokens += sum(batch.input_ids.numel() for batch in batches)
+        read = sum(batch.num_targets for batch in batches)  # what only fills a row is no token
+        self.tokens += read
+        self.window["tokens"] += read
         if math.isfinite(loss) and math.isfinite(norm):
             for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -198,7 +207,7 @@ class Trainer:
         return dict(
             loss=window["nats"] / window["num_targets"],
             bits_per_byte=bits(window["nats"], window["num_bytes"]),
-            tokens_per_second=window["num_targets"] / window["seconds"],
+            tokens_per_second=window["tokens"] / window["seconds"],
         )
 
     def _save(self, *, must: bool) -> None:
@@ -206,6 +215,7 @@ class Trainer:
         facts = dict(
             step=self.step, tokens=self.tokens, seconds=self.seconds, skips=self.skips, window=self.window,
             data=self.batches.state_dict(), random=generators, made_of=made_of(self.model.config, self.tokenizer),
+            optimizers=optimizer_kinds(self.model, self.optimizers),
         )  # fmt: skip
         tensors |= optimizer_tensors(self.model, self.optimizers)
         try:
@@ -249,4 +259,4 @@ def _pooled(before: Stats | None, now: Stats) -> Stats:
 
 
 def _new_window() -> dict[str, float]:
-    return dict(nats=0.0, num_targets=0, num_bytes=0, steps=0, seconds=0.0)
+    return dict(nats=0.0, num_targets=0, num_bytes=0, steps=0, tokens=0, seconds=0.0)
