@@ -268,7 +268,7 @@ def test_other_choices_go_on_bit_for_bit(choices, tmp_path, monkeypatch):
 
 def test_two_threads_go_on_bit_for_bit(tmp_path):
     def train(name, *more, **trainer):
-        sizes = dict(batch_size=4, sequence_length=128, steps=6, checkpoint_every=3)
+        sizes = dict(batch_size=4, sequence_length=64, steps=4, checkpoint_every=2)
         command = [
             sys.executable,
             "-m",
@@ -281,9 +281,9 @@ def test_two_threads_go_on_bit_for_bit(tmp_path):
         assert done.returncode == 0, done.stderr
 
     train("whole")
-    train("resumed", resume=tmp_path / "whole" / "checkpoints" / "step-00000003")
-    same_files(*(tmp_path / name / "checkpoints" / "step-00000006" for name in ("whole", "resumed")))
-    assert written(tmp_path / "resumed") == [line for line in written(tmp_path / "whole") if line["step"] > 3]
+    train("resumed", resume=tmp_path / "whole" / "checkpoints" / "step-00000002")
+    same_files(*(tmp_path / name / "checkpoints" / "step-00000004" for name in ("whole", "resumed")))
+    assert written(tmp_path / "resumed") == [line for line in written(tmp_path / "whole") if line["step"] > 2]
 
 
 def test_a_finished_run_only_closes_again(whole):
