@@ -247,11 +247,12 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[256, 1024, 4096, 16384])
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--seconds", type=float, default=15.0, help="about how long a cell may take")
+    parser.add_argument("--skip", nargs="*", default=[], help="cells to leave out, as medium/train/16384")
     parser.add_argument("--out", type=Path, help="where to write FILE.md and FILE.json")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     about = f"{machine()}, transformers {transformers.__version__}, {date.today()}"
-    lines, rows, notes = [about, "", HEAD], [], []
+    rows, notes = [], []
     print(about, HEAD, sep="\n")
     gate = QuietGate()
     with tempfile.TemporaryDirectory() as root:
@@ -261,28 +262,39 @@ def main() -> None:
                 models = {name: load(path, dtype) for name, path in paths.items()}
                 for mode in args.modes:
                     for T in args.lengths:
+                        if f"{size}/{mode}/{T}" in args.skip:
+                            continue
                         figures = Cell(models, dtype, mode, T).measure(gate, args.seconds)
                         rows.append(dict(size=size, dtype=dtype, mode=mode, T=T, **figures))
-                        lines.append(row_text(rows[-1]))
-                        print(lines[-1], flush=True)
+                        print(row_text(rows[-1]), flush=True)
+                        if args.out:
+                            write(args.out, about, rows, notes)
                 for what, where in breakdown(models["seqzoo"]).items():
                     text = ", ".join(f"{name} {share:.0%}" for name, share in where.items() if share >= 0.005)
                     notes.append(f"- {size} {dtype}, our {what}: {text}.")
                     print(notes[-1], flush=True)
-    quiet = [row[name]["quiet"] for row in rows for name in ORDER if row["rounds"] > 1]
+    if args.out:
+        write(args.out, about, rows, notes)
+    print(*summary(rows), sep="\n")
+
+
+def summary(rows: list[dict]) -> list[str]:
+    quiet = [row[name]["quiet"] for row in rows for name in ORDER if row["rounds"] > 1] or [math.nan]
     mean = math.exp(sum(math.log(row["seqzoo"]["ratio"]) for row in rows) / len(rows))
     apart = max(row["apart"] for row in rows)
-    if quiet:
-        notes.append(
-            f"- {sum(quiet) / len(quiet):.0%} of the runs of cells with several rounds began on a quiet machine."
-        )
-    notes.append(f"- Geometric mean of the ratios {mean:.2f}x; results apart by at most {apart:.1e}.")
-    print(*notes[-2:], sep="\n")
-    if args.out:
-        command = " ".join(["python -m seqzoo.benchmarks.vs_transformers", *sys.argv[1:]])
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".md").write_text("\n".join([*lines, "", *notes, "", f"`{command}`", ""]))
-        args.out.with_suffix(".json").write_text(json.dumps(dict(about=about, command=command, rows=rows), indent=1))
+    return [
+        f"- {sum(quiet) / len(quiet):.0%} of the runs in cells of several rounds began on a quiet machine.",
+        f"- Geometric mean of the ratios {mean:.2f}x; results apart by at most {apart:.1e}.",
+    ]
+
+
+def write(out: Path, about: str, rows: list[dict], notes: list[str]) -> None:
+    """The table and the figures so far: a run that is cut short leaves what it has."""
+    command = " ".join(["python -m seqzoo.benchmarks.vs_transformers", *sys.argv[1:]])
+    text = [about, "", HEAD, *map(row_text, rows), "", *notes, *summary(rows), "", f"`{command}`", ""]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".md").write_text("\n".join(text))
+    out.with_suffix(".json").write_text(json.dumps(dict(about=about, command=command, rows=rows), indent=1))
 
 
 if __name__ == "__main__":
