@@ -117,7 +117,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def judge(models: dict[str, nn.Module], path: Path) -> str:
-    """How far both are from Transformers in fp32, the median over tokens. Raises SystemExit where ours is the farther."""
+    """How far both are from Transformers in fp32, median over tokens. Raises SystemExit where ours is the farther."""
     ids, apart = prompt(512), {}
     with torch.no_grad():
         truth = load(path, "fp32")(ids).logits
