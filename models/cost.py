@@ -62,7 +62,8 @@ def _uses(model: SeqZooForCausalLM, context: int, dtype: torch.dtype) -> Iterato
         yield f"mixers.{mixer}", block.mixer, block.mixer.flops(context), block.mixer.state_bytes(context, dtype)
         yield f"channels.{channel}", block.channel, block.channel.flops(context), 0
         others += [block.mixer_norm, block.channel_norm]
-    for norm in (*others, model.stack.norm):
+    ends = (norm for norm in (model.stack.embed_norm, model.stack.norm) if not isinstance(norm, nn.Identity))
+    for norm in (*others, *ends):
         yield "norms", norm, 0, 0
     yield "head", model.lm_head, 2 * model.lm_head.weight.numel(), 0
 
