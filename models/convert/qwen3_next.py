@@ -63,8 +63,9 @@ def to_theirs(ours: SeqZooConfig) -> dict[str, Any]:
     """
     theirs = Qwen3NextConfig(**_derive(ours), architectures=["Qwen3NextForCausalLM"]).to_dict()
     mine = describe(ours)
-    for name in [name for name, value in mine.items() if name.endswith(" mixer rotary_width") and value is None]:
-        mine[name] = mine[name.replace("rotary_width", "head_width")]  # None is all
+    for what, default in (("rotary_width", "head_width"), ("out_bias", "bias")):  # None is all, and as the others
+        for name in [name for name, value in mine.items() if name.endswith(f" mixer {what}") and value is None]:
+            mine[name] = mine[name.removesuffix(what) + default]
     lost = differences(mine, describe(to_ours(theirs)))
     if lost:
         raise ValueError(f"Qwen3-Next cannot express: {'; '.join(lost)}")
@@ -203,6 +204,7 @@ def _full(config: Qwen3NextConfig) -> Spec:
         qk_norm=True,
         output_gate=True,
         bias=config.attention_bias,
+        out_bias=config.attention_bias,
         norm_eps=config.rms_norm_eps,
     )
 

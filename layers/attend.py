@@ -1,0 +1,204 @@
+"""What the softmax mixers share: projections into heads, and attention to kept keys, in windows and documents.
+
+B batch   T new tokens   S tokens kept   H query heads   G key heads   K head width   W window
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqzoo.kernels.causal_attention import causal_attention
+from seqzoo.layers.linear import Linear
+from seqzoo.layers.norm import RMSNorm
+from seqzoo.layers.rope import rotate, turns
+from seqzoo.layers.span import Span
+from seqzoo.layers.state import append
+
+
+class AttentionState(NamedTuple):
+    """The keys kept so far, in order."""
+
+    k: Tensor  # [B, G, S, K] already turned
+    v: Tensor  # [B, G, S, K]
+    visible: Tensor  # [B, S] bool, False for padding and for documents that have ended
+
+
+class WindowState(NamedTuple):
+    """The last W keys, in a ring."""
+
+    k: Tensor  # [B, G, W, K] already turned
+    v: Tensor  # [B, G, W, K]
+    visible: Tensor  # [B, W] bool, False for slots not yet used, padding, and documents that have ended
+    slot: Tensor  # [B] int64, where the next token is written: the oldest slot
+    seen: Tensor  # [B] int64, how many tokens came so far
+
+
+Kept = AttentionState | WindowState
+
+
+class SoftmaxHeads(nn.Module):
+    """Everything of a softmax mixer but its forward: a mixer's own signature spells out the arguments.
+
+    Args:
+        num_heads, num_kv_heads: query heads, and key and value heads, which divide them.
+        head_width: channels per head.
+        window: [tokens] a token sees itself and window - 1 before it; None is everything.
+        rope_theta: base of the rotary frequencies.
+        rotary_width: channels per head that are turned, the first ones; None is all, 0 is none (no positions).
+        qk_norm: zero-centred RMS norm of each query and key head.
+        output_gate: the heads' outputs are multiplied by a sigmoid of the input, per channel.
+        bias: the projections of the input have one.
+        out_bias: the projection of the output has one; None is as `bias`.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+
+    kind: str  # the mixer's name, for messages
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_width: int,
+        window: int | None,
+        rope_theta: float,
+        rotary_width: int | None,
+        qk_norm: bool,
+        output_gate: bool,
+        bias: bool,
+        out_bias: bool | None,
+        norm_eps: float,
+    ) -> None:
+        super().__init__()
+        rotary_width = head_width if rotary_width is None else rotary_width
+        for name, size in dict(num_heads=num_heads, num_kv_heads=num_kv_heads, head_width=head_width).items():
+            if size < 1:
+                raise ValueError(f"{self.kind}: {name}={size} is not 1 or more")
+        if num_heads % num_kv_heads:
+            raise ValueError(f"{self.kind}: num_heads={num_heads} is no multiple of num_kv_heads={num_kv_heads}")
+        if rotary_width % 2 or not 0 <= rotary_width <= head_width:
+            raise ValueError(f"{self.kind}: rotary_width={rotary_width} is not an even number from 0 to {head_width}")
+        if window is not None and window < 1:
+            raise ValueError(f"{self.kind}: window={window} is not a number of tokens, 1 or more")
+        self.H, self.G, self.K, self.window = num_heads, num_kv_heads, head_width, window
+        self.theta, self.rotary_width = rope_theta, rotary_width
+        self.q_proj = Linear(hidden_size, num_heads * head_width, bias=bias)
+        self.k_proj = Linear(hidden_size, num_kv_heads * head_width, bias=bias)
+        self.v_proj = Linear(hidden_size, num_kv_heads * head_width, bias=bias)
+        self.gate_proj = Linear(hidden_size, num_heads * head_width, bias=bias) if output_gate else None
+        self.out_proj = Linear(num_heads * head_width, hidden_size, bias=bias if out_bias is None else out_bias)
+        self.q_norm = RMSNorm(head_width, norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head_width, norm_eps) if qk_norm else nn.Identity()
+
+    def init_kept(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> Kept:
+        S = self.window or 0
+        k = torch.zeros(batch, self.G, S, self.K, device=device, dtype=dtype)
+        visible = torch.zeros(batch, S, device=device, dtype=torch.bool)
+        if self.window is None:
+            return AttentionState(k, k.clone(), visible)
+        none = torch.zeros(batch, device=device, dtype=torch.int64)
+        return WindowState(k, k.clone(), visible, none, none.clone())
+
+    def kept_bytes(self, tokens: int, dtype: torch.dtype) -> int:
+        """Of the keys of one sequence of that many tokens."""
+        kept = tokens if self.window is None else self.window
+        return kept * (2 * self.G * self.K * dtype.itemsize + 1) + (0 if self.window is None else 16)
+
+    def flops(self, context: int) -> int:
+        """Forward, per token, at the mean over a sequence of `context` tokens; a multiply-add is 2."""
+        matrices = sum(p.numel() for p in self.parameters() if p.ndim == 2)
+        full = min(context, self.window or context)  # the first so many tokens see 1, 2, 3 ... tokens, the rest all
+        seen = full - full * (full - 1) / (2 * context)
+        return int(2 * matrices + 4 * seen * self.H * self.K)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, D] -> q, k, v [B, T, heads, K], q and k normed."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.K)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.q_norm(q), self.k_norm(k), v
+
+    def turn(self, q: Tensor, k: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """q, k [B, T, heads, K] turned by their positions."""
+        if not self.rotary_width:
+            return q, k
+        cos, sin = turns(span.positions, self.rotary_width, self.theta, q.dtype)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+
+    def look(self, q: Tensor, k: Tensor, v: Tensor, span: Span, past: Kept | None) -> tuple[Tensor, Kept | None]:
+        """q, k, v [B, T, heads, K] -> what the queries read [B, T, H, K], and the keys to keep."""
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if past is None:
+            borders = span.borders
+            document = None if borders is None else borders.cumsum(1)
+            o, kept = causal_attention(q, k, v, window=self.window, key_document=document), None
+        elif isinstance(past, AttentionState):
+            o, kept = _keep_all(q, k, v, span, past)
+        else:
+            o, kept = _keep_window(q, k, v, span, past)
+        return o.transpose(1, 2), kept
+
+    def out(self, o: Tensor, x: Tensor) -> Tensor:
+        """What was read [B, T, H, K], gated by x [B, T, D] -> y [B, T, D]."""
+        o = o.flatten(-2)
+        if self.gate_proj is not None:
+            o = o * self.gate_proj(x).sigmoid()
+        return self.out_proj(o)
+
+
+def seen_by(past: Kept) -> int | Tensor:
+    """Tokens before this call, where no span says more: a number, or [B, 1]."""
+    return past.k.shape[2] if isinstance(past, AttentionState) else past.seen[:, None]
+
+
+def _keep_all(q: Tensor, k: Tensor, v: Tensor, span: Span, past: AttentionState) -> tuple[Tensor, AttentionState]:
+    borders, kept_k, kept_v = span.borders, append(past.k, k, dim=2), append(past.v, v, dim=2)
+    if borders is None and span.valid is None:
+        key = None if _all_on_cpu(past.visible) else _documents(past.visible, q.shape[2], None)[1]
+        visible = append(past.visible, past.visible.new_ones(k.shape[0], k.shape[2]), dim=1)
+    else:
+        query, key = _documents(past.visible, q.shape[2], borders)
+        visible = _visible(query, key, span.valid)
+    return causal_attention(q, kept_k, kept_v, key_document=key), AttentionState(kept_k, kept_v, visible)
+
+
+def _keep_window(q: Tensor, k: Tensor, v: Tensor, span: Span, past: WindowState) -> tuple[Tensor, WindowState]:
+    borders, T, (G, W) = span.borders, q.shape[2], past.k.shape[1:3]
+    if T == 1 and borders is None and span.valid is None:
+        at = past.slot[:, None]
+        here = at[:, None, :, None].expand(-1, G, 1, k.shape[-1])
+        kept_k, kept_v = past.k.scatter(2, here, k), past.v.scatter(2, here, v)
+        visible = past.visible.scatter(1, at, True)
+        now = visible.new_zeros(visible.shape[0], 1, dtype=torch.int64)
+        o = causal_attention(q, kept_k, kept_v, query_document=now, key_document=visible.long() - 1)
+        return o, WindowState(kept_k, kept_v, visible, (past.slot + 1) % W, past.seen + 1)
+    order = (past.slot[:, None] + torch.arange(W, device=q.device)) % W  # [B, W] oldest first
+    seen = past.visible.gather(1, order)
+    order = order[:, None, :, None].expand(-1, G, W, k.shape[-1])
+    kept_k, kept_v = torch.cat([past.k.gather(2, order), k], 2), torch.cat([past.v.gather(2, order), v], 2)
+    query, key = _documents(seen, T, borders)
+    o = causal_attention(q, kept_k, kept_v, query_document=query, key_document=key, window=W)
+    visible = _visible(query, key, span.valid)
+    return o, WindowState(kept_k[:, :, T:], kept_v[:, :, T:], visible[:, T:], 0 * past.slot, past.seen + T)
+
+
+def _all_on_cpu(visible: Tensor) -> bool:
+    """Whether every kept key may be seen, so that nothing is masked. A GPU is not asked, it would have to wait."""
+    return visible.device.type == "cpu" and bool(visible.all())
+
+
+def _documents(visible: Tensor, T: int, borders: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Numbers of the documents that T new tokens [B, T] and all keys [B, S + T] belong to; -1 is seen by nobody."""
+    query = visible.new_zeros(visible.shape[0], T, dtype=torch.int64) if borders is None else borders.cumsum(1)
+    return query, torch.cat([visible.long() - 1, query], dim=1)
+
+
+def _visible(query: Tensor, key: Tensor, valid: Tensor | None) -> Tensor:
+    """[B, S + T] bool: what the next call may see, the tokens of the last document that are no padding."""
+    visible = key == query[:, -1:]
+    if valid is not None:
+        visible = visible & F.pad(valid, (visible.shape[1] - valid.shape[1], 0), value=True)
+    return visible
