@@ -189,6 +189,15 @@ def test_bias_moves_the_choice_and_not_the_weights():
     assert_close(weight, torch.nn.functional.normalize(probability.gather(-1, chosen), p=1, dim=-1))
 
 
+def test_sigmoid_scores_do_not_compete():
+    part, x = channel("moe-sigmoid"), tokens().flatten(0, 1)
+    chosen, weight, probability = part._route(x)
+    score = part.router(x).sigmoid()
+    assert_close(weight, score.gather(-1, chosen))
+    assert_close(probability, torch.nn.functional.normalize(score, p=1, dim=-1))
+    assert torch.equal(chosen.sort().values, part.router(x).topk(2).indices.sort().values)
+
+
 def test_after_step_evens_the_load():
     part, x = (
         channel("moe-bias", bias_update_rate=0.02),
@@ -213,9 +222,10 @@ def test_bias_is_in_the_checkpoint_only_where_it_moves():
 
 @pytest.mark.parametrize(
     "wrong",
-    [dict(num_experts_per_token=7), dict(num_experts_per_token=0), dict(shared_width=-1), dict(bias_update_rate=-0.1)],
+    [dict(num_experts_per_token=7), dict(num_experts_per_token=0), dict(shared_width=-1), dict(bias_update_rate=-0.1),
+     dict(router_score="tanh")],
     ids=str,
-)
+)  # fmt: skip
 def test_errors_name_the_argument(wrong):
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected .* got {next(iter(wrong.values()))}"):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected .* got {next(iter(wrong.values()))!r}"):
         channel("moe", **wrong)

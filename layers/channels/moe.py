@@ -1,13 +1,14 @@
 """Ultra-sparse mixture of experts: every token through k of E small gated MLPs and, where there is one, a shared one.
 
-    p = softmax(W_r x)                                   the router, over all E experts, in fp32
+    p = softmax(W_r x), or sigmoid(W_r x)                the router, over all E experts, in fp32
     C = the k largest of p                               (of p + b with bias balancing)
     y = sum_{e in C} w_e expert_e(x) + sigmoid(w_s x) shared(x),   w_e = p_e / sum_{C} p where renormalised
 
 No capacity: no token is dropped, and what a token gets does not depend on its neighbours.
 Balance, by a loss: E sum_e f_e P_e with f_e the share of tokens that chose e and P_e the mean of p_e (Fedus et al.
-2021, arXiv 2101.03961, eq. 4-6). Balance without a loss: b_e moves by a fixed step against e's load (Wang et al.
-2024, arXiv 2408.15664, algorithm 1). The router and the shared expert are Qwen3-Next's.
+2021, arXiv 2101.03961, eq. 4-6), of p_e / sum p where p are sigmoids (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+Balance without a loss: b_e moves by a fixed step against e's load (Wang et al. 2024, arXiv 2408.15664, algorithm 1).
+The router and the shared expert are Qwen3-Next's.
 """
 
 import torch
@@ -29,6 +30,7 @@ class MoE(nn.Module):
         shared_width: hidden units of the expert that every token passes through; 0 is none.
         shared_gate: scale the shared expert's output by a sigmoid of x.
         renormalise: make a token's k weights sum to 1.
+        router_score: softmax, or sigmoid: one expert's score takes nothing from another's.
         balance_coefficient: of the balance loss.
         bias_update_rate: step of the balancing bias per optimizer step; 0 is no bias.
 
@@ -46,6 +48,7 @@ class MoE(nn.Module):
         shared_width: int = 0,
         shared_gate: bool = True,
         renormalise: bool = True,
+        router_score: str = "softmax",
         balance_coefficient: float = 0.001,
         bias_update_rate: float = 0.0,
     ) -> None:
@@ -59,7 +62,9 @@ class MoE(nn.Module):
         ).items():
             if value < 0:
                 raise ValueError(f"{name}: expected at least 0, got {value}")
-        self.k, self.renormalise = num_experts_per_token, renormalise
+        if router_score not in ("softmax", "sigmoid"):
+            raise ValueError(f"router_score: expected softmax or sigmoid, got {router_score!r}")
+        self.k, self.renormalise, self.router_score = num_experts_per_token, renormalise, router_score
         self.balance_coefficient, self.bias_update_rate = balance_coefficient, bias_update_rate
         self.router = Linear(hidden_size, num_experts, bias=False)
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_width, hidden_size))
@@ -95,14 +100,15 @@ class MoE(nn.Module):
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [N, D] -> chosen [N, k], weight [N, k] in x's dtype, probability [N, E] in fp32."""
         logits = self.router(x)
-        probability = wide(logits).softmax(dim=-1)
+        score = wide(logits).softmax(dim=-1) if self.router_score == "softmax" else wide(logits).sigmoid()
         if self.expert_bias is None:
-            weight, chosen = probability.topk(self.k, dim=-1)
+            weight, chosen = score.topk(self.k, dim=-1)
         else:
-            chosen = (probability + self.expert_bias).topk(self.k, dim=-1).indices
-            weight = probability.gather(-1, chosen)
+            chosen = (score + self.expert_bias).topk(self.k, dim=-1).indices
+            weight = score.gather(-1, chosen)
         if self.renormalise:
             weight = weight / weight.sum(dim=-1, keepdim=True)
+        probability = score if self.router_score == "softmax" else score / score.sum(dim=-1, keepdim=True)
         return chosen, weight.to(logits.dtype), probability
 
     def _experts(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
