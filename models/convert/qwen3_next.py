@@ -13,7 +13,7 @@ from transformers import Qwen3NextConfig
 
 from seqzoo.layers.registry import Spec
 from seqzoo.models.config import SeqZooConfig
-from seqzoo.models.convert.rules import COPY, SQUEEZE, How, Row, deal, describe, differences, pile, same
+from seqzoo.models.convert.rules import COPY, SQUEEZE, How, Row, deal, describe, differences, period, pile, same
 
 KEPT = r"mtp\..*|.*\.rotary_emb\.inv_freq"  # theirs that ours has no room for; transformers does not load them either
 _PASSED = (
@@ -46,7 +46,7 @@ def to_ours(theirs: dict[str, Any]) -> SeqZooConfig:
     }
     specs = {name: make(config) for name, make in parts.items() if name in used}
     return SeqZooConfig(
-        pattern=_period(entries),
+        pattern=period(entries),
         mixers={name: specs[name] for name in ("delta", "full") if name in specs},
         channels={name: specs[name] for name in ("moe", "mlp") if name in specs},
         norm_eps=config.rms_norm_eps,
@@ -171,13 +171,6 @@ def _check(config: Qwen3NextConfig) -> None:
 def _is_sparse(config: Qwen3NextConfig, i: int) -> bool:
     listed = i in config.mlp_only_layers
     return not listed and config.num_experts > 0 and (i + 1) % config.decoder_sparse_step == 0
-
-
-def _period(entries: list[str]) -> list[str]:
-    """The shortest start of the list that gives it when repeated."""
-    depth = len(entries)
-    lengths = (n for n in range(1, depth + 1) if depth % n == 0 and entries[:n] * (depth // n) == entries)
-    return entries[: next(lengths, 0)]
 
 
 def _delta(config: Qwen3NextConfig) -> Spec:
