@@ -23,7 +23,7 @@ every = pytest.mark.parametrize("backend", ["torch", cpp])
 DTYPE = {"torch": torch.float64, "cpp": torch.float32}
 LOW = pytest.mark.parametrize("dtype", RELATIVE, ids=str)
 
-# B, H, G, T, S, K, V, window, tokens per document
+# B, H, G, T, S, K, V, window, tokens per document, sinks (none where not said)
 SHAPES = {
     "one token": (2, 4, 2, 1, 1, 5, 7, None, None),
     "short": (2, 4, 2, 13, 13, 5, 7, None, None),
@@ -52,6 +52,24 @@ SHAPES = {
     "documents and past": (2, 4, 2, 60, 300, 6, 5, None, 25),
     "documents, past, window": (1, 6, 2, 90, 300, 6, 5, 32, 50),
     "documents, one query": (2, 4, 2, 1, 900, 6, 5, None, 300),
+    "sinks": (2, 4, 2, 37, 48, 6, 5, None, None, 11),
+    "sinks, several tiles": (1, 6, 2, 150, 281, 33, 21, None, None, 131),
+    "sinks and a window": (2, 4, 2, 203, 208, 6, 5, 4, None, 5),
+    "sinks and a wider window": (1, 4, 2, 333, 464, 24, 16, 100, None, 131),
+    "sinks and past": (1, 4, 2, 60, 210, 6, 5, None, None, 30),
+    "sinks, past, window": (1, 6, 2, 90, 700, 6, 5, 32, None, 101),
+    "sinks, one query": (2, 4, 2, 1, 700, 33, 21, None, None, 40),
+    "sinks, one query in a window": (2, 4, 2, 1, 1400, 16, 24, 100, None, 130),
+    "sinks, few queries in a window": (2, 4, 2, 3, 700, 16, 24, 50, None, 3),
+    "sinks, some queries in a window": (1, 4, 2, 15, 1500, 16, 24, 50, None, 100),
+    "sinks, documents": (2, 4, 2, 257, 270, 6, 5, None, 20, 13),
+    "sinks, documents in a window": (2, 4, 2, 257, 377, 6, 5, 9, 30, 120),
+    "sinks, documents, past, window": (1, 6, 2, 90, 300, 6, 5, 32, 50, 60),
+    "sinks, documents, few queries": (2, 4, 2, 2, 600, 6, 5, 32, 50, 200),
+    "sinks, documents, one query": (2, 4, 2, 1, 600, 6, 5, None, 50, 7),
+    "sinks among the queries": (2, 4, 2, 60, 70, 6, 5, 3, 20, 31),
+    "all are sinks": (2, 4, 2, 130, 130, 6, 5, None, None, 130),
+    "all are sinks, few queries": (2, 4, 2, 2, 2, 6, 5, None, None, 2),
 }
 shapes = pytest.mark.parametrize("shape", SHAPES)
 
@@ -62,9 +80,10 @@ def documents(B, S, mean):
 
 
 def case(shape, dtype):
-    B, H, G, T, S, K, V, window, mean = SHAPES[shape]
+    B, H, G, T, S, K, V, window, mean, *sinks = SHAPES[shape]
     q, k, v = (torch.randn(B, n, L, width).to(dtype) for n, L, width in ((H, T, K), (G, S, K), (G, S, V)))
-    return (2 * q, k, v), dict(window=window, key_document=None if mean is None else documents(B, S, mean))
+    document = None if mean is None else documents(B, S, mean)
+    return (2 * q, k, v), dict(window=window, key_document=document, sinks=sum(sinks))
 
 
 def values_and_grads(backend, inputs, seen, cotangent=None):
@@ -151,6 +170,25 @@ def test_who_sees_nothing_reads_nothing(backend, shape):
 
 
 @every
+def test_sinks_are_seen_by_all(backend):
+    """By a query that sees nothing else, beyond the window, in another document, and whatever number they have."""
+    inputs, seen = case("sinks, documents in a window", DTYPE[backend])
+    document = seen["key_document"]
+    document[0, -10:] = -1  # queries of no document
+    ours = values_and_grads(backend, inputs, seen)
+    compare(ours, values_and_grads("reference", inputs, seen), **TOLERANCE[DTYPE[backend]])
+    q, k, v = inputs
+    with use_backend("reference"):
+        alone = causal_attention(q[:1, :, -10:], k[:1, :, :120], v[:1, :, :120], sinks=120)
+    assert_close(ours[0][:1, :, -10:], alone, **TOLERANCE[DTYPE[backend]])
+    for number in (-1, 0, 7, torch.arange(120)):
+        queries, document = document[:, -257:], document.clone()
+        document[:, :120] = number
+        other = values_and_grads(backend, inputs, seen | dict(query_document=queries, key_document=document))
+        compare(other, ours, **TOLERANCE[DTYPE[backend]])
+
+
+@every
 def test_documents_in_any_order(backend):
     """Numbers need not go up: a document may go on after another one, and in the queries only."""
     inputs, _ = case("short", DTYPE[backend])
@@ -186,7 +224,9 @@ def test_large_scores(backend, dtype):
     assert (o.double() - truth).norm() < 10 * RELATIVE[dtype] * truth.norm()
 
 
-@pytest.mark.parametrize("shape", ["several tiles", "one query", "past in a window", "documents"])
+@pytest.mark.parametrize(
+    "shape", ["several tiles", "one query", "past in a window", "documents", "sinks, documents in a window"]
+)
 @LOW
 @every
 def test_strides(backend, dtype, shape):
@@ -245,7 +285,13 @@ def test_two_runs_are_the_same_bits(backend, dtype, shape):
     compare(*(values_and_grads(backend, inputs, seen) for _ in range(2)), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("shape", ["several tiles", "window 100", "one query", "few queries, many keys", "documents"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *("several tiles", "window 100", "one query", "few queries, many keys", "documents"),
+        *("sinks and a wider window", "sinks, some queries in a window", "sinks, one query in a window"),
+    ],
+)
 @LOW
 @pytest.mark.parametrize("backend", [cpp])
 def test_the_same_alone_in_a_batch_and_on_more_threads(backend, dtype, shape):
@@ -284,26 +330,27 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("sinks", [0, 40])
 @pytest.mark.parametrize("mean", [None, 100], ids=["one document", "documents"])
 @every
-def test_memory_grows_with_the_window_only(backend, mean):
+def test_memory_grows_with_the_window_only(backend, mean, sinks):
     """Nothing as large as T x T: the largest tensor, forward and backward, doubles when T does."""
     largest = []
     for T in (1024, 2048):
-        q, k, v = (torch.randn(1, n, T, 4) for n in (2, 1, 1))
+        q, k, v = (torch.randn(1, n, L, 4) for n, L in ((2, T), (1, sinks + T), (1, sinks + T)))
+        document = None if mean is None else documents(1, sinks + T, mean)
         with Largest() as seen:
-            values_and_grads(
-                backend, (q, k, v), dict(window=16, key_document=None if mean is None else documents(1, T, mean))
-            )
+            values_and_grads(backend, (q, k, v), dict(window=16, key_document=document, sinks=sinks))
         largest.append(seen.elements)
     assert largest[1] <= 2.2 * largest[0] and largest[1] < 2048 * 2048 / 8, largest
 
 
+@pytest.mark.parametrize("sinks", [0, 40])
 @every
-def test_packed_documents_make_no_mask(backend):
-    q, k, v = (torch.randn(1, n, 2048, 4) for n in (2, 1, 1))
+def test_packed_documents_make_no_mask(backend, sinks):
+    q, k, v = (torch.randn(1, n, L, 4) for n, L in ((2, 2048), (1, sinks + 2048), (1, sinks + 2048)))
     with Largest() as seen:
-        values_and_grads(backend, (q, k, v), dict(key_document=documents(1, 2048, 200)))
+        values_and_grads(backend, (q, k, v), dict(key_document=documents(1, sinks + 2048, 200), sinks=sinks))
     assert seen.elements < 2048 * 2048 / 8
 
 
@@ -322,7 +369,7 @@ def test_traces_as_an_operator(backend):
     leaves = [x.requires_grad_() for x in inputs]
     torch.library.opcheck(
         _differentiable,
-        (*leaves, 9, document, document, True),
+        (*leaves, 9, 3, document, document, True),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
 
@@ -356,6 +403,8 @@ def test_autocast():
         (dict(q=torch.zeros(2, 4, 0, 5)), "q: expected 1 to S=13 queries, got 0"),
         (dict(q=torch.zeros(2, 3, 13, 5)), "q: expected a multiple of the keys' 2 heads, got 3"),
         (dict(window=0), "window: expected None or 1 and more tokens, got 0"),
+        (dict(sinks=14), "sinks: expected 0 to S=13 keys, got 14"),
+        (dict(sinks=-1), "sinks: expected 0 to S=13 keys, got -1"),
         (
             dict(query_document=torch.zeros(2, 13, dtype=torch.int64)),
             "key_document: expected one beside query_document",

@@ -104,16 +104,16 @@ void differentiate(const Call& a, const Sizes& z, BackTiles<T>& w, long b, long 
   }
   columns_down<T>(z, w.panel, a.q, a.q_step, b, g, cols, a.K, w.q_down);
   columns_down<T>(z, w.panel, a.d_o, a.d_o_step, b, g, cols, a.V, w.d_o_down);
-  const long low = w.panel[0].lowest, high = w.panel[panels - 1].highest;
-  for (long t = low / KEYS; t * KEYS < high; t++) {
-    const long j0 = std::max(t * KEYS, low & ~1L), j1 = std::min((t + 1) * KEYS, high), n = j1 - j0;
+  const long lowest = w.panel[0].lowest, low = a.sinks ? 0 : lowest, high = std::max(w.panel[panels - 1].highest, (long)a.sinks);
+  for (long t = low / KEYS; t * KEYS < high; t = next_tile(a, t, lowest)) {
+    const long j0 = first_key(a, t, low, lowest) & ~1L, j1 = std::min((t + 1) * KEYS, high), n = j1 - j0;
     const Extent* tile = extent ? extent + t : nullptr;
     bool packed = false;
     for (long i = 0; i < panels; i++) {
       Panel& p = w.panel[i];
       const long aside = i * PANEL;  // where the panel's columns stand among the block's
       float* s = w.s + aside;
-      const auto [from, to] = p.part(j0, j1, tile);
+      const auto [from, to] = p.part(a, j0, j1, tile);
       const long skip = std::max(0L, from - j0), some = std::max(0L, to - from);
       if (some && !packed) {
         for (long j = j0; j < j1; j++) {
@@ -164,7 +164,7 @@ template <typename T> BackPlan back_plan(const Call& a) {
   const long heads = a.B * a.G, blocks = (z.columns + COLS - 1) / COLS, threads = a.threads;
   long shares = 1;  // as few as keep three quarters of the threads busy
   while (shares < blocks && 4 * heads * shares < 3 * threads * ((heads * shares + threads - 1) / threads)) shares++;
-  const long seen = a.window ? std::min(a.window, a.S) : a.S, work = heads * z.columns * seen * (a.K + a.V);
+  const long seen = a.window ? std::min(a.window + a.sinks, a.S) : a.S, work = heads * z.columns * seen * (a.K + a.V);
   return {blocks, shares, heads * shares, std::clamp(work / SMALL, 1L, std::min(threads, heads * shares))};
 }
 template <typename T> long backward_room(const Call& a) {

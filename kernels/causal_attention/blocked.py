@@ -2,7 +2,8 @@
 
 Nothing here ever holds a T x T mask, and a window costs O(T x window) in time and memory.
 
-B batch   T queries   S keys   H query heads   G key heads (H a multiple of G)   K, V head widths of keys and values
+B batch   T queries   S keys, the first N of them sinks   H query heads   G key heads (H a multiple of G)
+K, V head widths of keys and values
 """
 
 import torch
@@ -19,18 +20,29 @@ def causal_attention_blocked(
     window: int | None = None,
     query_document: Tensor | None = None,
     key_document: Tensor | None = None,
+    sinks: int = 0,
 ) -> Tensor:
     """Same as `causal_attention_reference`."""
-    T, S = q.shape[2], k.shape[2]
+    T, S, N = q.shape[2], k.shape[2], sinks
+    if N == S:
+        return _softmax(q, k, v)
     if T == 1:
-        low = 0 if window is None else max(0, S - window)
+        low = N if window is None else max(N, S - window)
         seen = None if key_document is None else _same(query_document, key_document[:, low:])[:, 0]
-        return _one_query(q, k[:, :, low:], v[:, :, low:], seen)
-    if T == S and key_document is None:
-        return _document(q, k, v, window)
-    if T == S and _packed(query_document, key_document):
-        return _documents(q, k, v, window, key_document)
-    return _masked(q, k, v, window, query_document, key_document)
+        seen = F.pad(seen, (N, 0), value=True) if N and seen is not None else seen
+        return _one_query(q, _sinks_and(k, N, low, S), _sinks_and(v, N, low, S), seen)
+    if N + T == S and key_document is None:
+        return _document(q, k, v, window, N)
+    if N + T == S and _packed(query_document, key_document[:, N:] if N else key_document):
+        return _documents(q, k, v, window, query_document, N)
+    return _masked(q, k, v, window, query_document, key_document, N)
+
+
+def _sinks_and(x: Tensor, N: int, low: int, high: int) -> Tensor:
+    """Of x [B, heads, S, width] the sinks, and low to high, which stand behind them."""
+    if N == 0 or low == N:
+        return x[:, :, low - N : high]
+    return torch.cat([x[:, :, :N], x[:, :, low:high]], dim=2)
 
 
 def _packed(query_document: Tensor, key_document: Tensor) -> bool:
@@ -40,54 +52,72 @@ def _packed(query_document: Tensor, key_document: Tensor) -> bool:
     return bool((key_document.diff(dim=1) >= 0).all() & (key_document[:, 0] >= 0).all())
 
 
-def _documents(q: Tensor, k: Tensor, v: Tensor, window: int | None, document: Tensor) -> Tensor:
-    """Each document by itself."""
+def _documents(q: Tensor, k: Tensor, v: Tensor, window: int | None, document: Tensor, N: int) -> Tensor:
+    """Each document by itself, behind its row's sinks."""
     B, T = document.shape
     first = F.pad(document.diff(dim=1) != 0, (1, 0), value=True)
     edges = first.flatten().nonzero()[:, 0]
     lengths = edges.diff(append=edges.new_tensor([B * T])).tolist()
-    rows = [x.transpose(0, 1).flatten(1, 2)[None].split(lengths, dim=2) for x in (q, k, v)]  # [1, heads, length, width]
-    pieces = [_document(*piece, window) for piece in zip(*rows, strict=True)]
+    own = (q, k[:, :, N:], v[:, :, N:])
+    rows = [x.transpose(0, 1).flatten(1, 2)[None].split(lengths, dim=2) for x in own]  # [1, heads, length, width]
+    if N:
+        row = (edges // T).tolist()
+        for i, x in ((1, k), (2, v)):
+            rows[i] = [torch.cat([x[b : b + 1, :, :N], y], dim=2) for b, y in zip(row, rows[i], strict=True)]
+    pieces = [_document(*piece, window, N) for piece in zip(*rows, strict=True)]
     return torch.cat(pieces, dim=2)[0].unflatten(1, (B, T)).transpose(0, 1)
 
 
-def _document(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """One document, from its first token on."""
+def _document(q: Tensor, k: Tensor, v: Tensor, window: int | None, N: int) -> Tensor:
+    """One document, from its first token on: q [B, H, T, K], k and v [B, G, N + T, width]."""
     T = q.shape[2]
-    if window is None or window >= T:
-        return _softmax(q, k, v, is_causal=True)
+    if window is None or window >= T:  # where the sinks stand, queries that nobody asks: causal without a mask
+        return _softmax(F.pad(q, (0, 0, N, 0)) if N else q, k, v, is_causal=True)[:, :, N:]
     C = max(window, 64)  # [tokens] a block of queries sees its own block of keys and the one before
-    N = -(-T // C)
-    q, k, v = (F.pad(x, (0, 0, 0, N * C - T)).unflatten(2, (N, C)) for x in (q, k, v))
-    first = _blocks(q[:, :, :1], k[:, :, :1], v[:, :, :1], C, window)
-    if N == 1:
+    M = -(-T // C)
+    sinks, own = [x[:, :, None, :N] for x in (k, v)], (q, k[:, :, N:], v[:, :, N:])
+    q, k, v = (F.pad(x, (0, 0, 0, M * C - T)).unflatten(2, (M, C)) for x in own)
+    first = _blocks(q[:, :, :1], k[:, :, :1], v[:, :, :1], window, sinks)
+    if M == 1:
         return first.flatten(2, 3)[:, :, :T]
-    k, v = (torch.cat([x[:, :, :-1], x[:, :, 1:]], dim=3) for x in (k, v))  # [B, G, N-1, 2C, width]
-    return torch.cat([first, _blocks(q[:, :, 1:], k, v, C, window)], dim=2).flatten(2, 3)[:, :, :T]
+    k, v = (torch.cat([x[:, :, :-1], x[:, :, 1:]], dim=3) for x in (k, v))  # [B, G, M-1, 2C, width]
+    return torch.cat([first, _blocks(q[:, :, 1:], k, v, window, sinks)], dim=2).flatten(2, 3)[:, :, :T]
 
 
-def _blocks(q: Tensor, k: Tensor, v: Tensor, C: int, window: int) -> Tensor:
-    """q [B, H, N, C, K], k and v [B, G, N, C or 2C, width] ending where q ends: blocks as a batch."""
-    S = k.shape[3]
+def _blocks(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: list[Tensor]) -> Tensor:
+    """q [B, H, M, C, K], k and v [B, G, M, C or 2C, width] ending where q ends: blocks as a batch, sinks in each."""
+    C, S, N = q.shape[3], k.shape[3], sinks[0].shape[3]
     back = torch.arange(S - C, S, device=q.device)[:, None] - torch.arange(S, device=q.device)
-    o = _softmax(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)), attn_mask=(back >= 0) & (back < window))
+    mask = (back >= 0) & (back < window)
+    if N:
+        mask = F.pad(mask, (N, 0), value=True)
+        k, v = (torch.cat([s.expand(-1, -1, x.shape[2], -1, -1), x], 3) for s, x in zip(sinks, (k, v), strict=True))
+    o = _softmax(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)), attn_mask=mask)
     return o.unflatten(0, (q.shape[0], -1)).transpose(1, 2)
 
 
 def _masked(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, query_document: Tensor | None, key_document: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    query_document: Tensor | None,
+    key_document: Tensor | None,
+    N: int,
 ) -> Tensor:
     """Any documents and any keys kept from before, a block of queries with its own mask at a time."""
     T, S = q.shape[2], k.shape[2]
     out = []
     for a in range(0, T, BLOCK):
         b = min(a + BLOCK, T)
-        low, high = 0 if window is None else max(0, S - T + a - window + 1), S - T + b
-        back = torch.arange(S - T + a, high, device=q.device)[:, None] - torch.arange(low, high, device=q.device)
+        end = S - T + b
+        low, high = N if window is None else max(N, S - T + a - window + 1), max(N, end)
+        back = torch.arange(S - T + a, end, device=q.device)[:, None] - torch.arange(low, high, device=q.device)
         mask = (back >= 0) & (back < (window or S))
         if key_document is not None:
             mask = (mask & _same(query_document[:, a:b], key_document[:, low:high]))[:, None]
-        out.append(_softmax(q[:, :, a:b], k[:, :, low:high], v[:, :, low:high], attn_mask=mask))
+        mask = F.pad(mask, (N, 0), value=True) if N else mask
+        out.append(_softmax(q[:, :, a:b], *(_sinks_and(x, N, low, high) for x in (k, v)), attn_mask=mask))
     return torch.cat(out, dim=2)
 
 

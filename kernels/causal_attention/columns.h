@@ -11,7 +11,7 @@
 namespace seqzoo {
 
 struct Call {  // as in cpp.py
-  int64_t B, H, G, T, S, K, V, window, threads;
+  int64_t B, H, G, T, S, K, V, window, sinks, threads;
   int64_t q_step[3], k_step[3], v_step[3], d_o_step[3];  // elements between batches, heads, tokens
   const void *q, *k, *v;
   const int64_t *query_document, *key_document;  // [B, T] and [B, S], or null
@@ -73,10 +73,17 @@ inline void extents(const Call& a, Extent* to) {
 
 inline long extent_room(const Call& a) { return a.key_document ? (a.B * key_tiles(a) * 2 + 15) / 16 * 16 : 0; }
 
+// The tile to look at after tile t: behind the sinks' tiles comes the one where some window begins.
+inline long next_tile(const Call& a, long t, long lowest) { return (t + 1) * KEYS < a.sinks ? t + 1 : std::max(t + 1, lowest / KEYS); }
+// The first key to look at in tile t.
+inline long first_key(const Call& a, long t, long low, long lowest) {
+  return std::max(t * KEYS, t * KEYS < a.sinks ? low : std::max(low, lowest));
+}
+
 // Up to PANEL columns of one key head: where they stand and what they may see.
 struct Panel {
   long first, cols, vectors;
-  long lowest, highest;  // keys [lowest, highest) that any column sees
+  long lowest, highest;  // keys [lowest, highest) that any column sees, beside the sinks
   long own_low, own_high;  // the columns' own positions among the keys, first and last
   Extent document;
   alignas(64) int32_t position[PANEL], of[PANEL], token[PANEL], head[PANEL];  // head: among those of the key head
@@ -98,16 +105,20 @@ struct Panel {
     }
   }
   // The part [from, to) of keys [j0, j1) to look at, `from` even as seen from j0; empty if nothing is seen.
-  std::pair<long, long> part(long j0, long j1, const Extent* tile) const {
-    if (tile && (tile->low > document.high || tile->high < document.low)) return {0, 0};
-    const long from = std::max(j0, lowest), to = std::min(j1, highest);
+  std::pair<long, long> part(const Call& a, long j0, long j1, const Extent* tile) const {
+    const bool other = tile && (tile->low > document.high || tile->high < document.low);
+    long from = std::max(j0, lowest), to = other ? from : std::min(j1, highest);
+    if (j0 < a.sinks) to = std::max(from < to ? to : j0, std::min(j1, (long)a.sinks)), from = j0;
+    if (from >= to) return {0, 0};
     return {from - ((from - j0) & 1), to};
   }
   bool sees_all(const Call& a, long from, long to, const Extent* tile) const {
+    if (to <= a.sinks) return true;
     if (to - 1 > own_low || (a.window && from <= own_high - a.window)) return false;
     return !tile || (tile->low == tile->high && document.low == document.high && tile->low == document.low);
   }
   VecInt seen(const Call& a, const int64_t* key_document, long key, int j) const {  // lanes that see that key
+    if (key < a.sinks) return VecInt{} - 1;
     const VecInt at = load_words(position + j * LANES), here = (int32_t)key + VecInt{};
     VecInt yes = at >= here;
     if (a.window) yes &= at - (int32_t)a.window < here;

@@ -21,7 +21,7 @@ class Call(ctypes.Structure):
     """Arguments of the native functions: the fields of columns.h's Call, in order."""
 
     _fields_ = [
-        *((name, c_int64) for name in ("B", "H", "G", "T", "S", "K", "V", "window", "threads")),
+        *((name, c_int64) for name in ("B", "H", "G", "T", "S", "K", "V", "window", "sinks", "threads")),
         *((name, c_int64 * 3) for name in ("q_step", "k_step", "v_step", "d_o_step")),
         *((name, c_void_p) for name in ("q", "k", "v", "query_document", "key_document", "o", "logsum")),
         *((name, c_void_p) for name in ("d_o", "dq", "dk", "dv", "room")),
@@ -50,6 +50,7 @@ def causal_attention_cpp(
     window: int | None = None,
     query_document: Tensor | None = None,
     key_document: Tensor | None = None,
+    sinks: int = 0,
 ) -> Tensor:
     """Same as `causal_attention_reference`.
 
@@ -65,8 +66,8 @@ def causal_attention_cpp(
     documents = (None, None) if key_document is None else (query_document.contiguous(), key_document.contiguous())
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if learns or torch.compiler.is_compiling():
-        return _differentiable(q, k, v, window or 0, *documents, learns)[0]
-    return _forward(q, k, v, window or 0, *documents, None)
+        return _differentiable(q, k, v, window or 0, sinks, *documents, learns)[0]
+    return _forward(q, k, v, window or 0, sinks, *documents, None)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -80,10 +81,10 @@ def _heads(x: Tensor, like: tuple[int, ...]) -> Tensor:
     return x.new_empty(B, T, H, width).transpose(1, 2)
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, window: int, query: Tensor | None, key: Tensor | None) -> Call:
+def _call(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, query: Tensor | None, key: Tensor | None) -> Call:
     (B, H, T, K), (G, S), V = q.shape, k.shape[1:3], v.shape[3]
     return Call(
-        *(B, H, G, T, S, K, V, window, torch.get_num_threads()),
+        *(B, H, G, T, S, K, V, window, sinks, torch.get_num_threads()),
         *(x.stride()[:3] for x in (q, k, v)),
         (0, 0, 0),
         *(None if x is None else x.data_ptr() for x in (q, k, v, query, key)),
@@ -98,10 +99,17 @@ def _run(way: str, call: Call, dtype: torch.dtype) -> None:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, window: int, query: Tensor | None, key: Tensor | None, logsum: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    sinks: int,
+    query: Tensor | None,
+    key: Tensor | None,
+    logsum: Tensor | None,
 ) -> Tensor:
     """o; `logsum` is filled with what the backward pass needs."""
-    call, o = _call(q, k, v, window, query, key), _heads(q, (*q.shape[:3], v.shape[3]))
+    call, o = _call(q, k, v, window, sinks, query, key), _heads(q, (*q.shape[:3], v.shape[3]))
     call.o, call.logsum = o.data_ptr(), None if logsum is None else logsum.data_ptr()
     _run("", call, q.dtype)
     return o
@@ -109,15 +117,15 @@ def _forward(
 
 @torch.library.custom_op("seqzoo::causal_attention_cpp", mutates_args=())
 def _differentiable(
-    q: Tensor, k: Tensor, v: Tensor, window: int, query: Tensor | None, key: Tensor | None, keep: bool
+    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, query: Tensor | None, key: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor]:
     """o, and where `keep` the logarithms of each query's sum, for backward."""
     logsum = q.new_empty(q.shape[:3] if keep else 0, dtype=torch.float32)
-    return _forward(q, k, v, window, query, key, logsum if keep else None), logsum
+    return _forward(q, k, v, window, sinks, query, key, logsum if keep else None), logsum
 
 
 @_differentiable.register_fake
-def _(q, k, v, window, query, key, keep):
+def _(q, k, v, window, sinks, query, key, keep):
     return _heads(q, (*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3] if keep else 0, dtype=torch.float32)
 
 
@@ -130,12 +138,13 @@ def _gradients(
     o: Tensor,
     logsum: Tensor,
     window: int,
+    sinks: int,
     query: Tensor | None,
     key: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     d_o = _rows(d_o)
-    call, grads = _call(q, k, v, window, query, key), [_heads(x, x.shape) for x in (q, k, v)]
+    call, grads = _call(q, k, v, window, sinks, query, key), [_heads(x, x.shape) for x in (q, k, v)]
     call.o, call.logsum, call.d_o, call.d_o_step = o.data_ptr(), logsum.data_ptr(), d_o.data_ptr(), d_o.stride()[:3]
     call.dq, call.dk, call.dv = (x.data_ptr() for x in grads)
     _run("_backward", call, q.dtype)
@@ -143,19 +152,19 @@ def _gradients(
 
 
 @_gradients.register_fake
-def _(d_o, q, k, v, o, logsum, window, query, key):
+def _(d_o, q, k, v, o, logsum, window, sinks, query, key):
     return tuple(_heads(x, x.shape) for x in (q, k, v))
 
 
 def _remember(ctx, inputs, output):
-    q, k, v, ctx.window, query, key, _ = inputs
+    q, k, v, ctx.window, ctx.sinks, query, key, _ = inputs
     ctx.save_for_backward(q, k, v, *output, query, key)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, d_o, _):
     q, k, v, o, logsum, query, key = ctx.saved_tensors
-    return *_gradients(d_o, q, k, v, o, logsum, ctx.window, query, key), None, None, None, None
+    return *_gradients(d_o, q, k, v, o, logsum, ctx.window, ctx.sinks, query, key), *(None,) * 5
 
 
 _differentiable.register_autograd(_backward, setup_context=_remember)

@@ -61,11 +61,11 @@ void look_few(const Call& a, const Sizes& z, Dots& w, long b, long g, long low, 
     top[c] = -INFINITY, sum[c] = 0;
     memset(w.q + c * z.KP, 0, z.KP * sizeof(float)), load_row(w.q + c * z.KP, column<T>(z, p, c, a.q, a.q_step, b, g), (int)a.K);
   }
-  low = std::max(low, p.lowest), high = std::min(high, p.highest);
-  for (long t = low / KEYS; t * KEYS < high; t++) {
-    const long j0 = std::max(t * KEYS, low), n = std::min((t + 1) * KEYS, high) - j0;
+  low = a.sinks ? low : std::max(low, p.lowest), high = std::min(high, std::max(p.highest, (long)a.sinks));
+  for (long t = low / KEYS; t * KEYS < high; t = next_tile(a, t, p.lowest)) {
+    const long j0 = first_key(a, t, low, p.lowest), n = std::min((t + 1) * KEYS, high) - j0;
     const Extent* tile = extent ? extent + t : nullptr;
-    if (tile && (tile->low > p.document.high || tile->high < p.document.low)) continue;
+    if (n <= 0 || (j0 >= a.sinks && tile && (tile->low > p.document.high || tile->high < p.document.low))) continue;
     const auto [k, k_row] = wide_rows(row_of<T>(a.k, a.k_step, b, g, j0), a.k_step[2], n, a.K, w.k);
     const auto [v, v_row] = wide_rows(row_of<T>(a.v, a.v_step, b, g, j0), a.v_step[2], n, a.V, w.v);
     const bool whole = p.sees_all(a, j0, j0 + n, tile);
@@ -75,7 +75,7 @@ void look_few(const Call& a, const Sizes& z, Dots& w, long b, long g, long low, 
       const long end = padded(n);
       for (long i = n; i < end; i++) s[i] = -INFINITY;
       if (!whole)
-        for (long i = 0; i < n; i++) {
+        for (long i = std::max(0L, a.sinks - j0); i < n; i++) {
           const long back = p.position[c] - (j0 + i);
           if (back < 0 || (a.window && back >= a.window) || (key_document && key_document[j0 + i] != p.of[c])) s[i] = -INFINITY;
         }

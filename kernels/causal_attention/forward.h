@@ -22,7 +22,7 @@ template <typename T> Plan plan(const Call& a) {
   x.panels = (int)std::clamp(panels * a.B * a.G / (4 * a.threads), 1L, (long)PANELS);
   x.blocks = (panels + x.panels - 1) / x.panels;
   x.tasks = a.B * a.G * x.blocks * x.parts;
-  const long seen = a.window ? std::min(a.window, a.S) : a.S;
+  const long seen = a.window ? std::min(a.window + a.sinks, a.S) : a.S;
   const long work = a.B * a.G * z.columns * seen * (a.K + a.V);
   x.threads = std::clamp(std::min(work / SMALL, x.tasks), 1L, (long)a.threads);
   return x;

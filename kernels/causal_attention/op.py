@@ -24,12 +24,14 @@ def causal_attention(
     window: int | None = None,
     query_document: Int64[Tensor, "B T"] | None = None,
     key_document: Int64[Tensor, "B S"] | None = None,
+    sinks: int = 0,
 ) -> Float[Tensor, "B H T V"]:
     """Every query looks at the keys of its own document up to itself. Definition: `reference.py`.
 
     The last T of the S keys are the queries' own, those before them were kept from earlier calls. A sequence alone:
     neither document argument. Packed documents: `key_document`. One query over a ring of keys, whose order is not
-    that of time: both, with T = 1 and no window.
+    that of time: both, with T = 1 and no window. Sink tokens, whose keys stand before all others: `sinks`; where all
+    keys are sinks, every query sees every key.
 
     Args:
         q: queries, any strides; nothing is copied where the elements of a head stand side by side.
@@ -37,13 +39,15 @@ def causal_attention(
         window: [tokens] a query sees at most that many, itself and those right before it; None is all.
         query_document: number of each query's document, 0 to 2^31 - 1; None is the last T of `key_document`.
         key_document: number of each key's document, -1 is seen by nobody; None is one document.
+        sinks: so many keys, the first ones, are seen by every query, whatever its place, window and document; what
+            `key_document` says of them means nothing.
 
     Returns:
         o, in q's dtype; zeros for a query that sees no key.
 
     Raises:
-        ValueError: shapes or dtypes that do not agree, a window below 1, queries' documents without the keys', or a
-            forced backend that cannot run this.
+        ValueError: shapes or dtypes that do not agree, a window below 1, more sinks than keys, queries' documents
+            without the keys', or a forced backend that cannot run this.
     """
     (B, H, T, K), (G, S) = q.shape, k.shape[1:3]
     expected = dict(k=(B, G, S, K), v=(B, G, S, v.shape[-1]), query_document=(B, T), key_document=(B, S))
@@ -56,6 +60,8 @@ def causal_attention(
         raise ValueError(f"causal_attention: q: expected a multiple of the keys' {G} heads, got {H}")
     if window is not None and window < 1:
         raise ValueError(f"causal_attention: window: expected None or 1 and more tokens, got {window}")
+    if not 0 <= sinks <= S:
+        raise ValueError(f"causal_attention: sinks: expected 0 to S={S} keys, got {sinks}")
     if key_document is None and query_document is not None:
         raise ValueError("causal_attention: key_document: expected one beside query_document, got None")
     if torch.is_autocast_enabled(q.device.type):
@@ -66,4 +72,4 @@ def causal_attention(
     if key_document is not None and query_document is None:
         query_document = key_document[:, S - T :] if T < S else key_document
     name = choose(BACKENDS, tokens=S, device=q.device, able=lambda name: usable(q))
-    return BACKENDS[name](q, k, v, window, query_document, key_document)
+    return BACKENDS[name](q, k, v, window, query_document, key_document, sinks)

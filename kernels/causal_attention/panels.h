@@ -75,14 +75,15 @@ void look(const Call& a, const Sizes& z, Tiles<T>& w, int panels, long b, long g
     for (int c = 0; c < PANEL; c++) p.top[c] = -INFINITY, p.sum[c] = 0;
     fresh[i] = true;
   }
-  low = std::max(low, w.panel[0].lowest), high = std::min(high, w.panel[panels - 1].highest);
-  for (long t = low / KEYS; t * KEYS < high; t++) {
-    const long j0 = std::max(t * KEYS, low & ~1L), j1 = std::min((t + 1) * KEYS, high);
+  const long lowest = w.panel[0].lowest;
+  low = a.sinks ? low : std::max(low, lowest), high = std::min(high, std::max(w.panel[panels - 1].highest, (long)a.sinks));
+  for (long t = low / KEYS; t * KEYS < high; t = next_tile(a, t, lowest)) {
+    const long j0 = first_key(a, t, low, lowest) & ~1L, j1 = std::min((t + 1) * KEYS, high);
     const Extent* tile = extent ? extent + t : nullptr;
     bool packed = false;
     for (int i = 0; i < panels; i++) {
       Panel& p = w.panel[i];
-      const auto [from, to] = p.part(j0, j1, tile);
+      const auto [from, to] = p.part(a, j0, j1, tile);
       if (from >= to) continue;
       if (!packed) {
         for (long j = j0; j < j1; j++) copy_row<T>(w.k + (j - j0) * z.KW, row_of<T>(a.k, a.k_step, b, g, j), a.K);
