@@ -1,0 +1,1 @@
+from seqzoo.kernels.linear_attention.op import linear_attention
