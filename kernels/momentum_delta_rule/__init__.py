@@ -1,0 +1,1 @@
+from seqzoo.kernels.momentum_delta_rule.op import momentum_delta_rule
