@@ -1,6 +1,6 @@
 """What a model costs, added up from what each of its parts says of itself."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,6 +8,8 @@ from torch import nn
 
 from seqzoo.models.causal_lm import SeqZooForCausalLM
 from seqzoo.models.config import SeqZooConfig
+
+CONTEXTS = (512, 4096, 32768, 131072)  # [tokens], of `state_table`
 
 
 class Part(NamedTuple):
@@ -31,11 +33,17 @@ class Cost(NamedTuple):
     parts: list[Part]
 
 
+class LayerState(NamedTuple):
+    """What one layer keeps for decoding one sequence."""
+
+    layer: int  # 0 is the lowest
+    part: str  # as in config.json: mixers.delta, blocks.bdh
+    bytes: tuple[int, ...]  # at each of the contexts asked for
+
+
 def cost(model: SeqZooForCausalLM | SeqZooConfig, *, context: int, dtype: torch.dtype = torch.bfloat16) -> Cost:
     """Of a model, or of a config, unbuilt. `context`: tokens of a sequence; `dtype`: of what decoding keeps."""
-    if isinstance(model, SeqZooConfig):
-        with torch.device("meta"):
-            model = SeqZooForCausalLM(model)
+    model = _built(model)
     parts: dict[str, Part] = {}
     seen: set[int] = set()
     for name, module, flops, state in _uses(model, context, dtype):
@@ -47,6 +55,27 @@ def cost(model: SeqZooForCausalLM | SeqZooConfig, *, context: int, dtype: torch.
         parts[name] = Part(name, *(old + more for old, more in zip(before[1:], own, strict=True)))
     columns = list(zip(*parts.values(), strict=True))
     return Cost(*(sum(column) for column in columns[2:]), parts=list(parts.values()))
+
+
+def state_table(
+    model: SeqZooForCausalLM | SeqZooConfig, *, contexts: Sequence[int] = CONTEXTS, dtype: torch.dtype = torch.bfloat16
+) -> list[LayerState]:
+    """What decoding keeps, layer by layer. Arguments as of `cost`, whose `state_bytes` are the sums of the columns."""
+    model = _built(model)
+    columns = [
+        [(name, state) for name, _, _, state in _uses(model, context, dtype) if name.startswith(("mixers.", "blocks."))]
+        for context in contexts
+    ]
+    names = [name for name, _ in columns[0]]
+    return [LayerState(i, name, tuple(column[i][1] for column in columns)) for i, name in enumerate(names)]
+
+
+def _built(model: SeqZooForCausalLM | SeqZooConfig) -> SeqZooForCausalLM:
+    """A config's model, without memory for it."""
+    if isinstance(model, SeqZooForCausalLM):
+        return model
+    with torch.device("meta"):
+        return SeqZooForCausalLM(model)
 
 
 def _uses(model: SeqZooForCausalLM, context: int, dtype: torch.dtype) -> Iterator[tuple[str, nn.Module, int, int]]:

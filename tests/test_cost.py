@@ -1,12 +1,17 @@
 """What a model costs: of each part, and that the parts are the whole."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from hydra import compose, initialize_config_module
 from runs import HYBRID, TRANSFORMER
 
+from seqzoo.layers.state import map_state
 from seqzoo.models import SeqZooForCausalLM
-from seqzoo.models.cost import cost
+from seqzoo.models.cost import cost, state_table
+from seqzoo.models.cost_table import main, state_text
 from seqzoo.train import model_config
 
 
@@ -57,3 +62,52 @@ def test_what_is_tied_is_counted_once_and_worked_with_every_time():
         assert tied[name].state_bytes == 2 * plain[name].state_bytes
     assert tied["head"].parameters == 0 and tied["head"].flops_per_token == plain["head"].flops_per_token > 0
     assert tied["embedding"].parameters == plain["embedding"].parameters
+
+
+NANOS = sorted(p.stem for p in Path(__file__).parents[1].glob("configs/model/*_nano.yaml"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [*NANOS, "transformer"])
+def test_the_state_table_is_what_states_hold(name, dtype):
+    """Of two lengths, the second reached token by token: what grows has grown by as much as it says."""
+    ours = model([f"model={name}"]).to(dtype).eval()
+    rows, held = state_table(ours, contexts=(19, 23), dtype=dtype), []
+    ids = torch.randint(0, 264, (3, 23))
+    with torch.no_grad():
+        past = ours(ids[:, :19], use_cache=True).past_key_values
+        held.append(bytes_of(past.states))
+        for t in range(19, 23):
+            past = ours(ids[:, t : t + 1], past_key_values=past, use_cache=True).past_key_values
+        held.append(bytes_of(past.states))
+    assert [row.layer for row in rows] == list(range(ours.config.num_hidden_layers))
+    assert [row.bytes for row in rows] == list(zip(*held, strict=True))
+    assert sum(row.bytes[1] for row in rows) == cost(ours, context=23, dtype=dtype).state_bytes
+
+
+def bytes_of(states):
+    """Of one sequence, in each layer."""
+    layers = []
+    for state in states:
+        held = []
+        map_state(lambda t, held=held: held.append(t[0].numel() * t.element_size()), state)
+        layers.append(sum(held))
+    return layers
+
+
+def test_the_command_prints_both_tables(tmp_path, capsys):
+    ours = model(HYBRID).config
+    ours.save_pretrained(tmp_path)
+    for path in (tmp_path, tmp_path / "config.json"):
+        assert main([str(path), "--contexts", "7", "1000", "--dtype", "float32"]) == 0
+        parts, states = capsys.readouterr().out.rstrip("\n").split("\n\n")
+        assert states == state_text(ours, [7, 1000], torch.float32)
+        counted, rows = cost(ours, context=7, dtype=torch.float32), states.splitlines()
+        assert parts.splitlines()[-1].split() == ["all", *(f"{n:,}" for n in counted[:4])]
+        assert [row.split()[:2] for row in rows[1:-1]] == [[str(i), x] for i, x in enumerate(
+            ["mixers.delta", "mixers.delta", "mixers.delta", "mixers.full"]
+        )]  # fmt: skip
+        assert rows[-1].split()[1] == f"{counted.state_bytes:,}"
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type="other")))
+    assert main([str(tmp_path)]) == 2 and "got 'other'" in capsys.readouterr().err
+    assert main([str(tmp_path / "none.json")]) == 2 and "no such file" in capsys.readouterr().err
