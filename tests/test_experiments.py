@@ -1,0 +1,182 @@
+"""Experiments: each leaves its table, its JSON and its picture; what is asked is what is answered."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from runs import one_thread
+
+from seqzoo.experiments import recall, tasks
+from seqzoo.experiments.cells import run_cells
+from seqzoo.experiments.learn import answers
+from seqzoo.experiments.probe import Probe
+from seqzoo.experiments.report import CONFIGS, cells_of, settings
+from seqzoo.layers.registry import kinds
+
+EXPERIMENTS = sorted(path.stem for path in Path(CONFIGS).glob("*.yaml"))
+ATTENTION = dict(kind="attention", num_heads=1, num_kv_heads=1, head_width=8)
+
+
+def config(name, *overrides):
+    with initialize_config_dir(CONFIGS, version_base=None):
+        return compose(name, overrides=["smoke=true", *overrides])
+
+
+def smoke(name, folder, *overrides):
+    with one_thread():
+        return import_module(f"seqzoo.experiments.{name}").run(config(name, f"small.out={folder}", *overrides))
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_leaves_table_json_and_picture(name, tmp_path):
+    smoke(name, tmp_path)
+    text, found = (tmp_path / f"{name}.md").read_text(), json.loads((tmp_path / f"{name}.json").read_text())
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "|---|" in text and f"python -m seqzoo.experiments.{name}" in text
+    assert {"command", "seeds", "machine", "date", "cells"} <= found.keys()
+    assert found["cells"] and all({"given", "result"} == cell.keys() for cell in found["cells"].values())
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_wrong_config_raises(name, tmp_path):
+    with pytest.raises(ValueError, match="only"):
+        smoke(name, tmp_path, "small.only=[nothing]")
+    with pytest.raises(ValueError, match="seeds"):
+        smoke(name, tmp_path, "small.seeds=[]")
+    with pytest.raises(ConfigCompositionException):
+        config(name, "stepz=3")
+
+
+def test_recall_knows_every_mixer():
+    """A new mixer is a row of the experiment."""
+    with initialize_config_dir(CONFIGS, version_base=None):
+        asked = compose("recall").models
+    assert set(kinds("mixers")) <= set(kinds_in(asked))
+
+
+def kinds_in(spec):
+    if hasattr(spec, "values"):
+        yield from [spec["kind"]] if "kind" in spec else []
+        for part in spec.values():
+            yield from kinds_in(part)
+
+
+# Cells
+
+
+def test_a_cell_runs_once(tmp_path):
+    ran, path = [], tmp_path / "cells.json"
+
+    def square(x):
+        ran.append(x)
+        return {"is": x * x}
+
+    run_cells(square, {"a": {"x": 2}}, path, workers=0)
+    cells = {"a": {"x": 2}, "b": {"x": 3}}
+    assert run_cells(square, cells, path, workers=0) == {"a": {"is": 4}, "b": {"is": 9}}
+    assert ran == [2, 3]
+    assert run_cells(square, {"a": {"x": 5}}, path, workers=0, keep_others=True) == {"a": {"is": 25}}
+    assert json.loads(path.read_text())["cells"].keys() == {"a", "b"}
+    assert run_cells(square, {"a": {"x": 5}}, path, workers=0) == {"a": {"is": 25}}
+    assert json.loads(path.read_text())["cells"].keys() == {"a"}
+    assert ran == [2, 3, 5]
+
+
+def test_what_ran_before_a_failure_is_kept(tmp_path):
+    path = tmp_path / "cells.json"
+    with pytest.raises(ZeroDivisionError):
+        run_cells(lambda x: {"is": 1 / x}, {"a": {"x": 1}, "b": {"x": 0}}, path, workers=0)
+    assert json.loads(path.read_text())["cells"].keys() == {"a"}
+
+
+def test_workers_find_what_this_process_finds(tmp_path):
+    name, given = next(iter(cells_of(settings(config("recall"))).items()))
+    with one_thread():
+        here = run_cells(recall.cell, {name: given}, tmp_path / "here.json", workers=0)[name]
+    there = run_cells(recall.cell, {name: given}, tmp_path / "there.json", workers=1)[name]
+    assert here["seen"] and {**here, "seconds": 0} == {**there, "seconds": 0}
+
+
+# Tasks
+
+
+def test_recall_asks_every_key_once_for_its_value():
+    ids, targets = tasks.recall(5, 6, 40, 64, power=0.5, generator=generator())
+    for row, asked in zip(ids.tolist(), targets.tolist(), strict=True):
+        value_of = dict(zip(row[0:12:2], row[1:12:2], strict=True))
+        places = [i for i, target in enumerate(asked) if target >= 0]
+        assert len(value_of) == 6 and sorted(row[i] for i in places) == sorted(value_of)
+        assert min(places) >= 12 and all(i % 2 == 0 for i in places)
+        assert all(asked[i] == value_of[row[i]] == row[i + 1] for i in places)
+        assert all(0 < key < 32 <= value for key, value in value_of.items())
+
+
+def test_recall_asks_most_keys_soon():
+    even, soon = (
+        (tasks.recall(200, 4, 160, 64, power=power, generator=generator())[1] >= 0).nonzero()[:, 1].double().mean()
+        for power in (1.0, 0.01)
+    )
+    assert soon < even - 20
+
+
+def test_stream_asks_every_key_at_its_age():
+    ids, targets, age = tasks.stream(5, 7, 64, generator=generator())
+    for row, asked, old in zip(ids.tolist(), targets.tolist(), age.tolist(), strict=True):
+        places = [i for i, target in enumerate(asked) if target >= 0]
+        assert len({row[i] for i in places}) == len(places) == 7
+        for i in places:
+            assert row.index(row[i]) == i - old[i] and row[i - old[i] + 1] == asked[i] == row[i + 1]
+        assert all((a == 0) == (target < 0) for a, target in zip(old, asked, strict=True))
+
+
+def test_repeat_asks_all_but_the_first_token_again():
+    ids, targets = tasks.repeat(3, 5, 9, generator=generator())
+    assert ids.shape == (3, 9) and (ids[:, 5:] == ids[:, :4]).all()
+    assert (targets[:, :5] == -1).all() and (targets[:, 5:] == ids[:, 1:5]).all()
+    assert all(len(set(row[:5])) == 5 for row in ids.tolist())
+
+
+@pytest.mark.parametrize(
+    ("draw", "named"),
+    [
+        (lambda: tasks.recall(1, 4, 14, 64, power=1.0, generator=generator()), "tokens: expected .* 16, got 14"),
+        (lambda: tasks.recall(1, 4, 17, 64, power=1.0, generator=generator()), "tokens: expected .* 16, got 17"),
+        (lambda: tasks.stream(1, 32, 64, generator=generator()), "pairs: expected at most .* 31, got 32"),
+        (lambda: tasks.repeat(1, 10, 9, generator=generator()), "length: expected at most vocab=9, got 10"),
+        (lambda: Probe(hidden_size=8, vocab_size=8, layers=["b"], mixers={"a": ATTENTION}), r"\['a'\], got 'b'"),
+    ],
+)
+def test_what_cannot_be_raises(draw, named):
+    with pytest.raises(ValueError, match=named):
+        draw()
+
+
+# The probe
+
+
+def test_probe_sees_nothing_of_what_comes():
+    probe = Probe(hidden_size=16, vocab_size=32, layers=["a", "a"], mixers={"a": ATTENTION}, conv_width=3)
+    ids = torch.randint(32, (2, 9))
+    changed = ids.clone()
+    changed[:, 6:] = 31 - changed[:, 6:]
+    assert len(list(probe.layers)) == 2 and probe.layers[0] is not probe.layers[1]
+    torch.testing.assert_close(probe(ids)[:, :6], probe(changed)[:, :6])
+    assert not torch.allclose(probe(ids)[:, 6:], probe(changed)[:, 6:])
+
+
+def test_answers_are_of_what_is_asked():
+    probe = Probe(hidden_size=16, vocab_size=32, layers=["a"], mixers={"a": ATTENTION})
+    ids = torch.randint(32, (3, 7))
+    targets = probe(ids).argmax(-1)
+    asked = torch.rand(3, 7) < 0.5
+    targets = torch.where(asked, targets, -1)
+    assert answers(probe, (ids, targets)).all() and len(answers(probe, (ids, targets))) == asked.sum()
+    assert not answers(probe, (ids, torch.where(asked, (targets + 1) % 32, -1))).any()
