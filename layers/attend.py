@@ -1,6 +1,7 @@
 """What the softmax mixers share: projections into heads, and attention to kept keys, in windows and documents.
 
-B batch   T new tokens   S tokens kept   H query heads   G key heads   K head width   W window
+B batch   T new tokens   S tokens kept   N sinks, in front of them   W window
+H query heads   G key heads   K head width
 """
 
 from typing import NamedTuple
@@ -20,16 +21,16 @@ from seqzoo.layers.state import append
 class AttentionState(NamedTuple):
     """The keys kept so far, in order."""
 
-    k: Tensor  # [B, G, S, K] already turned
-    v: Tensor  # [B, G, S, K]
+    k: Tensor  # [B, G, N + S, K] already turned
+    v: Tensor  # [B, G, N + S, K]
     visible: Tensor  # [B, S] bool, False for padding and for documents that have ended
 
 
 class WindowState(NamedTuple):
     """The last W keys, in a ring."""
 
-    k: Tensor  # [B, G, W, K] already turned
-    v: Tensor  # [B, G, W, K]
+    k: Tensor  # [B, G, N + W, K] already turned
+    v: Tensor  # [B, G, N + W, K]
     visible: Tensor  # [B, W] bool, False for slots not yet used, padding, and documents that have ended
     slot: Tensor  # [B] int64, where the next token is written: the oldest slot
     seen: Tensor  # [B] int64, how many tokens came so far
@@ -105,7 +106,7 @@ class SoftmaxHeads(nn.Module):
         return WindowState(k, k.clone(), visible, none, none.clone())
 
     def kept_bytes(self, tokens: int, dtype: torch.dtype) -> int:
-        """Of the keys of one sequence of that many tokens."""
+        """Of the keys of one sequence of that many tokens, the sinks apart."""
         kept = tokens if self.window is None else self.window
         return kept * (2 * self.G * self.K * dtype.itemsize + 1) + (0 if self.window is None else 16)
 
@@ -116,10 +117,22 @@ class SoftmaxHeads(nn.Module):
         seen = full - full * (full - 1) / (2 * context)
         return int(2 * matrices + 4 * seen * self.H * self.K)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, D] -> q, k, v [B, T, heads, K], q and k normed."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.K)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.q_norm(q), self.k_norm(k), v
+    def sink_bytes(self, dtype: torch.dtype) -> int:
+        """What one sequence keeps of each sink."""
+        return 2 * self.G * self.K * dtype.itemsize
+
+    def sink_flops(self) -> int:
+        """Forward, per sink and token."""
+        return 4 * self.H * self.K
+
+    def queries(self, x: Tensor) -> Tensor:
+        """x [B, T, D] -> q [B, T, H, K], normed."""
+        return self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.K)))
+
+    def keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, T, D] -> k and v [B, T, G, K], k normed."""
+        k, v = (proj(x).unflatten(-1, (-1, self.K)) for proj in (self.k_proj, self.v_proj))
+        return self.k_norm(k), v
 
     def turn(self, q: Tensor, k: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """q, k [B, T, heads, K] turned by their positions."""
@@ -129,12 +142,26 @@ class SoftmaxHeads(nn.Module):
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
     def look(self, q: Tensor, k: Tensor, v: Tensor, span: Span, past: Kept | None) -> tuple[Tensor, Kept | None]:
-        """q, k, v [B, T, heads, K] -> what the queries read [B, T, H, K], and the keys to keep."""
+        """q, k, v [B, T, heads, K] -> what the queries read [B, T, H, K], and the keys to keep.
+
+        Raises:
+            ValueError: sinks in the span, and in the past already.
+        """
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if span.both_ways:
+            return causal_attention(q, k, v, sinks=q.shape[2]).transpose(1, 2), None
+        if span.sinks is not None:
+            ahead = [x.transpose(1, 2).expand(q.shape[0], -1, -1, -1) for x in self.keys(span.sinks[None])]
+            if past is None:
+                k, v = (torch.cat(pair, dim=2) for pair in zip(ahead, (k, v), strict=True))
+            elif _sinks_of(past):
+                raise ValueError(f"{self.kind}: span.sinks: expected None, the state has {_sinks_of(past)} sinks")
+            else:
+                past = past._replace(k=torch.cat([ahead[0], past.k], 2), v=torch.cat([ahead[1], past.v], 2))
         if past is None:
-            borders = span.borders
-            document = None if borders is None else borders.cumsum(1)
-            o, kept = causal_attention(q, k, v, window=self.window, key_document=document), None
+            borders, sinks = span.borders, k.shape[2] - q.shape[2]
+            document = None if borders is None else _behind(sinks, borders.cumsum(1))
+            o, kept = causal_attention(q, k, v, window=self.window, key_document=document, sinks=sinks), None
         elif isinstance(past, AttentionState):
             o, kept = _keep_all(q, k, v, span, past)
         else:
@@ -151,38 +178,55 @@ class SoftmaxHeads(nn.Module):
 
 def seen_by(past: Kept) -> int | Tensor:
     """Tokens before this call, where no span says more: a number, or [B, 1]."""
-    return past.k.shape[2] if isinstance(past, AttentionState) else past.seen[:, None]
+    return past.visible.shape[1] if isinstance(past, AttentionState) else past.seen[:, None]
+
+
+def _sinks_of(past: Kept) -> int:
+    return past.k.shape[2] - past.visible.shape[1]
+
+
+def _behind(sinks: int, document: Tensor | None) -> Tensor | None:
+    """Documents of keys [B, S] as those of sinks and keys [B, N + S]."""
+    return F.pad(document, (sinks, 0)) if sinks and document is not None else document
 
 
 def _keep_all(q: Tensor, k: Tensor, v: Tensor, span: Span, past: AttentionState) -> tuple[Tensor, AttentionState]:
-    borders, kept_k, kept_v = span.borders, append(past.k, k, dim=2), append(past.v, v, dim=2)
+    borders, sinks = span.borders, _sinks_of(past)
+    kept_k, kept_v = append(past.k, k, dim=2), append(past.v, v, dim=2)
     if borders is None and span.valid is None:
         key = None if _all_on_cpu(past.visible) else _documents(past.visible, q.shape[2], None)[1]
         visible = append(past.visible, past.visible.new_ones(k.shape[0], k.shape[2]), dim=1)
     else:
         query, key = _documents(past.visible, q.shape[2], borders)
         visible = _visible(query, key, span.valid)
-    return causal_attention(q, kept_k, kept_v, key_document=key), AttentionState(kept_k, kept_v, visible)
+    o = causal_attention(q, kept_k, kept_v, key_document=_behind(sinks, key), sinks=sinks)
+    return o, AttentionState(kept_k, kept_v, visible)
 
 
 def _keep_window(q: Tensor, k: Tensor, v: Tensor, span: Span, past: WindowState) -> tuple[Tensor, WindowState]:
-    borders, T, (G, W) = span.borders, q.shape[2], past.k.shape[1:3]
+    borders, T, G, W, sinks = span.borders, q.shape[2], k.shape[1], past.visible.shape[1], _sinks_of(past)
     if T == 1 and borders is None and span.valid is None:
         at = past.slot[:, None]
-        here = at[:, None, :, None].expand(-1, G, 1, k.shape[-1])
+        here = (sinks + at)[:, None, :, None].expand(-1, G, 1, k.shape[-1])
         kept_k, kept_v = past.k.scatter(2, here, k), past.v.scatter(2, here, v)
         visible = past.visible.scatter(1, at, True)
         now = visible.new_zeros(visible.shape[0], 1, dtype=torch.int64)
-        o = causal_attention(q, kept_k, kept_v, query_document=now, key_document=visible.long() - 1)
+        key = _behind(sinks, visible.long() - 1)
+        o = causal_attention(q, kept_k, kept_v, query_document=now, key_document=key, sinks=sinks)
         return o, WindowState(kept_k, kept_v, visible, (past.slot + 1) % W, past.seen + 1)
     order = (past.slot[:, None] + torch.arange(W, device=q.device)) % W  # [B, W] oldest first
     seen = past.visible.gather(1, order)
-    order = order[:, None, :, None].expand(-1, G, W, k.shape[-1])
-    kept_k, kept_v = torch.cat([past.k.gather(2, order), k], 2), torch.cat([past.v.gather(2, order), v], 2)
+    order = sinks + order
+    if sinks:
+        order = torch.cat([torch.arange(sinks, device=q.device).expand(order.shape[0], -1), order], 1)
+    order = order[:, None, :, None].expand(-1, G, -1, k.shape[-1])
+    all_k, all_v = torch.cat([past.k.gather(2, order), k], 2), torch.cat([past.v.gather(2, order), v], 2)
     query, key = _documents(seen, T, borders)
-    o = causal_attention(q, kept_k, kept_v, query_document=query, key_document=key, window=W)
-    visible = _visible(query, key, span.valid)
-    return o, WindowState(kept_k[:, :, T:], kept_v[:, :, T:], visible[:, T:], 0 * past.slot, past.seen + T)
+    key_document = _behind(sinks, key)
+    o = causal_attention(q, all_k, all_v, query_document=query, key_document=key_document, window=W, sinks=sinks)
+    visible = _visible(query, key, span.valid)[:, T:]
+    kept_k, kept_v = (torch.cat([x[:, :, :sinks], x[:, :, sinks + T :]], 2) for x in (all_k, all_v))
+    return o, WindowState(kept_k, kept_v, visible, 0 * past.slot, past.seen + T)
 
 
 def _all_on_cpu(visible: Tensor) -> bool:

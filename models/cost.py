@@ -81,20 +81,32 @@ def _built(model: SeqZooForCausalLM | SeqZooConfig) -> SeqZooForCausalLM:
 def _uses(model: SeqZooForCausalLM, context: int, dtype: torch.dtype) -> Iterator[tuple[str, nn.Module, int, int]]:
     """All that a token passes through: the part's name, the module, FLOPs per token, bytes of state."""
     yield "embedding", model.embed_tokens, 0, 0
+    if model.sink_tokens is not None:
+        yield "sinks", nn.ParameterList([model.sink_tokens]), 0, 0
+    sinks = model.config.num_sink_tokens
     pattern, others = model.config.pattern, []
     for i, block in enumerate(model.stack.levels()):
         entry = pattern[i % len(pattern)]
         if entry in model.config.blocks:  # one that is not made of the two speaks for itself
-            yield f"blocks.{entry}", block, block.flops(context), block.state_bytes(context, dtype)
+            yield f"blocks.{entry}", block, *_with_sinks(block, sinks, context, dtype)
             continue
         mixer, channel = entry.split("/")
-        yield f"mixers.{mixer}", block.mixer, block.mixer.flops(context), block.mixer.state_bytes(context, dtype)
+        yield f"mixers.{mixer}", block.mixer, *_with_sinks(block.mixer, sinks, context, dtype)
         yield f"channels.{channel}", block.channel, block.channel.flops(context), 0
         others += [block.mixer_norm, block.channel_norm]
     ends = (norm for norm in (model.stack.embed_norm, model.stack.norm) if not isinstance(norm, nn.Identity))
     for norm in (*others, *ends):
         yield "norms", norm, 0, 0
     yield "head", model.lm_head, 2 * model.lm_head.weight.numel(), 0
+
+
+def _with_sinks(part: nn.Module, sinks: int, context: int, dtype: torch.dtype) -> tuple[int, int]:
+    """FLOPs and bytes of state; the sinks' own way through the model, once per call, is left out."""
+    flops, state = part.flops(context), part.state_bytes(context, dtype)
+    for looker in part.modules():
+        if hasattr(looker, "sink_bytes"):
+            flops, state = flops + sinks * looker.sink_flops(), state + sinks * looker.sink_bytes(dtype)
+    return flops, state
 
 
 def _idle(module: nn.Module) -> int:
