@@ -64,7 +64,6 @@ class _Chunks(NamedTuple):
     p: Tensor  # [n, N, C, K]
     beta: Tensor  # [n, N, C, 1]
     eta: Tensor
-    same: Tensor  # [n, N, C, C] 1 where token j <= i is of token i's document, else 0
     goes_on: Tensor  # [n, N, C, 1] 0 where a document starts, else 1
     A: Tensor  # [n, N, C + 1, C + 1]
     U: Tensor  # [n, N, C, C + 1] from token 1 on
@@ -148,9 +147,8 @@ def _prepare(q, k, v, p, log_alpha, log_mu, beta, eta, starts) -> _Chunks:
     system = eta * pk * before[..., 2:]
     eye = torch.eye(C, dtype=v.dtype, device=v.device).expand_as(system)
     inverse = torch.linalg.solve_triangular(system, eye, upper=False, unitriangular=True)
-    same = (~unseen[..., 1:, 1:]).to(v.dtype)
     return _Chunks(
-        q, k, v, p, beta, eta, same, goes_on, A, U, before, after, pk, qk, ask, read, write,
+        q, k, v, p, beta, eta, goes_on, A, U, before, after, pk, qk, ask, read, write,
         keep.unflatten(-1, (2, 2)), inverse,
     )  # fmt: skip
 
@@ -256,7 +254,13 @@ def _fading_gradients(c: _Chunks, d_before: Tensor, d_after: Tensor, d_end_N: Te
     d_beta = (d_BU * c.U).sum(-1)
     d_U = c.beta * d_BU
     d_U[..., -1, :] += d_end_N
-    d_U *= c.U
-    d_total = torch.stack([(d_A.sum(-1) - d_A.sum(-2))[..., 1:], d_U.sum(-1) - d_U.sum(-2)[..., 1:]], dim=-1)
-    d_log = _product(c.same.mT, d_total)  # a log decay is in all totals from its token to its document's end
-    return d_log[..., 0], d_log[..., 1], d_beta
+    return _spanned(d_A), _spanned(d_U * c.U), d_beta
+
+
+def _spanned(d_log: Tensor) -> Tensor:
+    """Gradient of log decays from j to i [.., rows up to i = C, j from 0] -> of a token's: all j < t <= i. [.., C]
+
+    (As a difference of row sums and column sums, the large entries of weak decays would drown those of strong ones.)
+    """
+    rows, columns = d_log.shape[-2:]
+    return d_log.cumsum(-1)[..., :-1].tril(columns - rows - 1).sum(-2)
