@@ -1,0 +1,349 @@
+// Linear attention on a CPU, forward and backward. Definition and letters: reference.py.
+//
+// One task is one key head of one sequence, with all R = H / G query heads that read its memory: their rows stand under each
+// other in every product, so what concerns keys, values, decays and the memory is done once for them. A task goes through
+// time in chunks of at most CHUNK tokens, and a chunk never crosses the start of a document: there the memory is simply
+// cleared, so documents cannot touch each other and each gets the bits it would get alone. Within a chunk, with a = exp(g),
+//
+//     E_i  = a_0 .. a_i                      what is left of the memory at token i
+//     W_ij = a_{j+1} .. a_i                  of key j
+//     P_ij = sum_c q_ic W_ijc k_jc           for j <= i
+//     O    = [P | E Q] [V ; S]
+//     S'   = E_last S + (W_last K)^T V
+//
+// W k_j is kept up to date from token to token by multiplying with a: no sums of g, no differences of them, no exponent that
+// is positive; 0 is as good a decay as any other. A chunk is short since P is what grows with it, and since a group's rows
+// are many even so. Backward goes through the chunks in reverse. Forward keeps the memory at every SEGMENT tokens, from
+// there backward computes those at the chunks between again; it holds memories and their gradients transposed, [V, K].
+#include <vector>
+
+#include "gemm.h"
+
+using namespace seqzoo;
+
+namespace {
+
+constexpr int CHUNK = 16;    // tokens, whole vectors of any machine
+constexpr int SEGMENT = 64;  // tokens, whole chunks
+constexpr int64_t SHARE_FROM = 1 << 18;  // multiplications from which on steps are worth a second thread
+
+}  // namespace
+
+// The fields of cpp.py's Call, in order.
+struct Call {
+  int64_t B, T, H, G, K, V, threads;
+  int64_t is_bf16;                          // q, k, v, o and their gradients; else fp32
+  int64_t decays;                           // log decays per token and key head: 0, 1 or K
+  int64_t q_step[3], k_step[3], v_step[3];  // elements from one sequence, token, head to the next; a head's own are adjacent
+  const char *q, *k, *v;
+  const float* g;                           // [B, T, G, decays] or null
+  const uint8_t* starts;                    // [B, T] or null
+  float* state;                             // [B, G, K, V] before the first token, written over by that after the last
+  int64_t has_state;                        // 0: zeros came in, do not read them
+  char* o;                                  // [B, T, H, V]
+  float* kept;                              // [segments, G, V, K] memory at the start of each segment, or null
+  const char* d_o;                          // [B, T, H, V], as o
+  float* d_state;                           // [B, G, K, V] gradient of the last memory, written over by that of the first
+  char *dq, *dk, *dv;                       // as q, k, v, without gaps
+  float* dg;                                // as g
+};
+
+namespace {
+
+bool is_fresh(const Call& a, int64_t b, int64_t t) {
+  return (a.starts && a.starts[b * a.T + t]) || (t == 0 && !a.has_state);
+}
+
+void times(float* x, const float* by, int width) {
+  for (int i = 0; i < width; i += LANES) store(x + i, load(x + i) * load(by + i));
+}
+
+void add_product(float* to, const float* x, const float* y, int width) {
+  for (int i = 0; i < width; i += LANES) store(to + i, load(to + i) + load(x + i) * load(y + i));
+}
+
+// One task's buffers. Rows of K or V floats are padded with zeros to whole vectors, KP or VP.
+struct Work {
+  const Call& a;
+  const int K, V, KP, VP, R, READ;
+  const bool fades;
+  float *q, *k, *v, *S, *decay, *E, *W, *reads, *out;           // S follows v: [CHUNK + K, VP]
+  float *d_o, *vT, *d_scores, *dq, *dk, *dv, *dvT, *dS, *ST;    // of backward only
+  float *keys, *d_log, *total, *left;
+
+  Work(const Call& call, bool backward)
+      : a(call), K(call.K), V(call.V), KP(padded(K)), VP(padded(V)), R(call.H / call.G), READ(CHUNK + KP), fades(call.decays) {
+    struct Piece { float** at; int size; };
+    const int rows = CHUNK * R;
+    std::vector<Piece> pieces{{&q, rows * KP}, {&k, CHUNK * KP}, {&v, (CHUNK + K) * VP}, {&decay, CHUNK * KP}, {&E, KP}};
+    pieces.insert(pieces.end(), {{&W, K * CHUNK}, {&reads, rows * READ}, {&out, rows * VP}});
+    if (backward) {
+      pieces.insert(pieces.end(), {{&d_o, rows * VP}, {&vT, V * CHUNK}, {&d_scores, rows * CHUNK}, {&dq, rows * KP}});
+      pieces.insert(pieces.end(), {{&dk, CHUNK * KP}, {&dv, CHUNK * VP}, {&dvT, V * CHUNK}, {&dS, V * KP}});
+      pieces.insert(pieces.end(), {{&ST, SEGMENT / CHUNK * V * KP}, {&keys, CHUNK * KP}, {&d_log, CHUNK * KP}});
+      pieces.insert(pieces.end(), {{&total, KP}, {&left, KP}});
+    }
+    size_t whole = LANES;
+    for (const Piece& p : pieces) whole += padded(p.size);
+    static thread_local std::vector<float> memory;  // kept from call to call: fresh pages cost as much as a short sequence
+    memory.assign(whole, 0.0f);
+    float* next = memory.data();
+    while ((uintptr_t)next % sizeof(Vec)) next++;
+    for (const Piece& p : pieces) *p.at = next, next += padded(p.size);
+    S = v + CHUNK * VP;
+  }
+
+  void get_row(float* to, const char* from, int64_t at, int n, int width) const {
+    if (a.is_bf16) load_row(to, (const bf16*)from + at, n);
+    else load_row(to, (const float*)from + at, n);
+    for (int i = n; i < width; i++) to[i] = 0;
+  }
+  void put_row(char* to, int64_t at, const float* from, int n) const {
+    if (a.is_bf16) store_row((bf16*)to + at, from, n);
+    else store_row((float*)to + at, from, n);
+  }
+  int64_t at(const int64_t* step, int64_t b, int64_t t, int64_t h) const { return b * step[0] + t * step[1] + h * step[2]; }
+  int64_t token(int64_t b, int64_t t, int64_t g) const { return (b * a.T + t) * a.G + g; }
+
+  // Keys, values and decays of c tokens. What g says at a document's start has no meaning.
+  void get_keys(int64_t b, int64_t t, int64_t g, int c, bool fresh) {
+    for (int i = 0; i < c; i++) {
+      get_row(k + i * KP, a.k, at(a.k_step, b, t + i, g), K, KP);
+      get_row(v + i * VP, a.v, at(a.v_step, b, t + i, g), V, VP);
+      if (!fades) continue;
+      float* to = decay + i * KP;
+      const float* from = a.g + token(b, t + i, g) * a.decays;
+      for (int x = 0; x < KP; x++) to[x] = x < K ? from[a.decays == K ? x : 0] : 0.0f;
+      for (int x = 0; x < KP; x += LANES) store(to + x, fresh && i == 0 ? broadcast(1.0f) : exp(load(to + x)));
+    }
+    memset(v + c * VP, 0, (CHUNK - c) * VP * sizeof(float));
+  }
+
+  void get_queries(int64_t b, int64_t t, int64_t g, int c) {
+    for (int i = 0; i < c; i++)
+      for (int r = 0; r < R; r++) get_row(q + (i * R + r) * KP, a.q, at(a.q_step, b, t + i, g * R + r), K, KP);
+  }
+
+  // From one token to the next, reads = [P | E Q]; in the end W [K, CHUNK] is W_last K transposed, and E is E_last.
+  void ask(int c) {
+    memset(W, 0, K * CHUNK * sizeof(float));
+    for (int x = 0; x < KP; x += LANES) store(E + x, broadcast(1.0f));
+    for (int i = 0; i < c; i++) {
+      if (fades) {
+        const float* fade = decay + i * KP;
+        for (int x = 0; x < K; x++)
+          for (int j = 0; j <= i; j += LANES) store(W + x * CHUNK + j, fade[x] * load(W + x * CHUNK + j));
+        times(E, fade, KP);
+      }
+      for (int x = 0; x < K; x++) W[x * CHUNK + i] = k[i * KP + x];
+      gemm(R, CHUNK, K, q + i * R * KP, KP, 1, W, CHUNK, reads + i * R * READ, READ);
+      for (int r = i * R; r < i * R + R; r++)
+        for (int x = 0; x < KP; x += LANES) store(reads + r * READ + CHUNK + x, load(q + r * KP + x) * load(E + x));
+    }
+  }
+
+  // o of a chunk; S becomes the memory after it.
+  void forward(int64_t b, int64_t t, int64_t g, int c, bool fresh) {
+    get_keys(b, t, g, c, fresh);
+    get_queries(b, t, g, c);
+    ask(c);
+    gemm(c * R, VP, fresh ? CHUNK : CHUNK + K, reads, READ, 1, v, VP, out, VP);
+    for (int i = 0; i < c; i++)
+      for (int r = 0; r < R; r++) put_row(a.o, (token(b, t + i, g) * R + r) * V, out + (i * R + r) * VP, V);
+    for (int x = 0; x < K && fades && !fresh; x++)
+      for (int j = 0; j < VP; j += LANES) store(S + x * VP + j, E[x] * load(S + x * VP + j));
+    gemm(K, VP, c, W, CHUNK, 1, v, VP, S, VP, fresh ? Into::SET : Into::ADD);
+  }
+
+  // next = the transposed memory after a chunk whose memory was `now`.
+  void advance(int64_t b, int64_t t, int64_t g, int c, bool fresh, const float* now, float* next) {
+    get_keys(b, t, g, c, fresh);
+    for (int x = 0; x < KP; x += LANES) store(E + x, broadcast(1.0f));
+    for (int i = c - 1; i >= 0; i--) {
+      times(k + i * KP, E, KP);
+      if (fades) times(E, decay + i * KP, KP);
+    }
+    for (int i = 0; i < V && !fresh; i++)
+      for (int x = 0; x < KP; x += LANES) store(next + i * KP + x, load(now + i * KP + x) * load(E + x));
+    gemm(V, KP, c, v, 1, VP, k, KP, next, KP, fresh ? Into::SET : Into::ADD);
+  }
+
+  // Gradients of a chunk whose transposed memory is `now`; dS, the gradient of the memory after it, becomes that of `now`.
+  void backward(int64_t b, int64_t t, int64_t g, int c, bool fresh, const float* now) {
+    get_keys(b, t, g, c, fresh);
+    get_queries(b, t, g, c);
+    for (int i = 0; i < c; i++)
+      for (int r = 0; r < R; r++) get_row(d_o + (i * R + r) * VP, a.d_o, (token(b, t + i, g) * R + r) * V, V, VP);
+    ask(c);
+    of_scores(c);
+    of_queries(b, t, g, c, fresh, now);
+    of_keys(b, t, g, c, fresh, now);
+    of_values(b, t, g, c);
+    if (fresh) return (void)memset(dS, 0, V * KP * sizeof(float));
+    for (int i = 0; i < V && fades; i++) times(dS + i * KP, E, KP);
+    gemm(V, KP, c * R, d_o, 1, VP, reads + CHUNK, READ, dS, KP, Into::ADD);
+  }
+
+  void of_scores(int c) {
+    transpose(CHUNK, V, v, VP, vT, CHUNK);
+    gemm(c * R, CHUNK, V, d_o, VP, 1, vT, CHUNK, d_scores, CHUNK);
+    for (int i = 0; i < c; i++)
+      for (int r = i * R; r < i * R + R; r++)
+        for (int j = i + 1; j < CHUNK; j++) d_scores[r * CHUNK + j] = 0;
+  }
+
+  // Also keys = W_last K, and into d_log what each query has to say on the sum of g up to it.
+  void of_queries(int64_t b, int64_t t, int64_t g, int c, bool fresh, const float* now) {
+    if (fresh) memset(dq, 0, c * R * KP * sizeof(float));
+    else gemm(c * R, KP, V, d_o, VP, 1, now, KP, dq, KP);
+    memset(d_log, 0, c * KP * sizeof(float));
+    for (int x = 0; x < KP; x += LANES) store(left + x, broadcast(1.0f));
+    for (int i = 0; i < c; i++) {
+      if (fades) {
+        times(left, decay + i * KP, KP);
+        for (int j = 0; j < i; j++) times(keys + j * KP, decay + i * KP, KP);
+        for (int r = i * R; r < i * R + R; r++) times(dq + r * KP, left, KP);
+      }
+      memcpy(keys + i * KP, k + i * KP, KP * sizeof(float));
+      gemm(R, KP, i + 1, d_scores + i * R * CHUNK, CHUNK, 1, keys, KP, dq + i * R * KP, KP, Into::ADD);
+      for (int r = 0; r < R; r++) {
+        const float* row = dq + (i * R + r) * KP;
+        put_row(a.dq, (token(b, t + i, g) * R + r) * K, row, K);
+        if (fades) add_product(d_log + i * KP, q + (i * R + r) * KP, row, KP);
+      }
+    }
+  }
+
+  // Also of g, from the last token to the first: queries gain by what stands in the sum up to them, keys lose by it.
+  void of_keys(int64_t b, int64_t t, int64_t g, int c, bool fresh, const float* now) {
+    gemm(c, KP, V, v, VP, 1, dS, KP, dk, KP);
+    memset(total, 0, KP * sizeof(float));
+    for (int i = 0; i < V && fades && !fresh; i++) add_product(total, dS + i * KP, now + i * KP, KP);
+    times(total, E, KP);
+    for (int i = 0; i < c && fades; i++) add_product(total, keys + i * KP, dk + i * KP, KP);
+    for (int i = c - 1; i >= 0; i--) {
+      gemm(i + 1, KP, R, d_scores + i * R * CHUNK, 1, CHUNK, q + i * R * KP, KP, dk, KP, Into::ADD);
+      put_row(a.dk, token(b, t + i, g) * K, dk + i * KP, K);
+      if (!fades) continue;
+      for (int j = 0; j < i; j++) times(dk + j * KP, decay + i * KP, KP);
+      for (int x = 0; x < KP; x += LANES)
+        store(total + x, load(total + x) + (load(d_log + i * KP + x) - load(k + i * KP + x) * load(dk + i * KP + x)));
+      float* dg = a.dg + token(b, t + i, g) * a.decays;
+      for (int x = 0; x < a.decays; x++) dg[x] = 0;
+      for (int x = 0; x < K && !(fresh && i == 0); x++) dg[a.decays == K ? x : 0] += total[x];
+    }
+  }
+
+  void of_values(int64_t b, int64_t t, int64_t g, int c) {
+    gemm(c, VP, c * R, reads, 1, READ, d_o, VP, dv, VP);
+    gemm(V, CHUNK, K, dS, KP, 1, W, CHUNK, dvT, CHUNK);
+    for (int i = 0; i < c; i++) {
+      for (int x = 0; x < V; x++) dv[i * VP + x] += dvT[x * CHUNK + i];
+      put_row(a.dv, token(b, t + i, g) * V, dv + i * VP, V);
+    }
+  }
+
+  // One token after another, no chunk.
+  void step(int64_t b, int64_t g) {
+    float* S = a.state + (b * a.G + g) * K * V;
+    for (int64_t t = 0; t < a.T; t++) {
+      const bool fresh = is_fresh(a, b, t);
+      if (fresh) memset(S, 0, (int64_t)K * V * sizeof(float));
+      get_keys(b, t, g, 1, fresh);
+      get_queries(b, t, g, 1);
+      for (int x = 0; x < K; x++) {
+        const float fade = fades ? decay[x] : 1.0f, key = k[x];
+        for (int j = 0; j < V; j++) S[x * V + j] = fade * S[x * V + j] + key * v[j];
+      }
+      gemm(R, V, K, q, KP, 1, S, V, out, VP);
+      for (int r = 0; r < R; r++) put_row(a.o, (token(b, t, g) * R + r) * V, out + r * VP, V);
+    }
+  }
+};
+
+// The segments of all sequences: where each begins, and how many came before each sequence.
+struct Cuts {
+  std::vector<std::vector<int64_t>> at;
+  std::vector<int64_t> before{0};
+
+  explicit Cuts(const Call& a) : at(a.B) {
+    for (int64_t b = 0; b < a.B; b++) {
+      for (int64_t t = 0; t < a.T; t++)
+        if (at[b].empty() || t - at[b].back() == SEGMENT || (a.starts && a.starts[b * a.T + t])) at[b].push_back(t);
+      before.push_back(before.back() + at[b].size());
+      at[b].push_back(a.T);
+    }
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// How many segments `forward` will keep a memory of.
+int64_t linear_attention_segments(const Call* call) { return Cuts(*call).before.back(); }
+
+void linear_attention_forward(const Call* call) {
+  const Call& a = *call;
+  const Cuts cuts(a);
+#pragma omp parallel num_threads(a.threads)
+  {
+    Work w(a, false);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < a.B * a.G; task++) {
+      const int64_t b = task / a.G, g = task % a.G, size = a.K * a.V;
+      if (a.has_state)
+        for (int x = 0; x < w.K; x++) memcpy(w.S + x * w.VP, a.state + task * size + x * w.V, w.V * sizeof(float));
+      const auto& at = cuts.at[b];
+      for (size_t n = 0; n + 1 < at.size(); n++) {
+        const bool fresh = is_fresh(a, b, at[n]);
+        if (a.kept && !fresh) transpose(w.K, w.V, w.S, w.VP, a.kept + ((cuts.before[b] + n) * a.G + g) * size, w.K);
+        for (int64_t t = at[n]; t < at[n + 1]; t += CHUNK)
+          w.forward(b, t, g, at[n + 1] - t < CHUNK ? at[n + 1] - t : CHUNK, fresh && t == at[n]);
+      }
+      for (int x = 0; x < w.K; x++) memcpy(a.state + task * size + x * w.V, w.S + x * w.VP, w.V * sizeof(float));
+    }
+  }
+}
+
+void linear_attention_backward(const Call* call) {
+  const Call& a = *call;
+  const Cuts cuts(a);
+#pragma omp parallel num_threads(a.threads)
+  {
+    Work w(a, true);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < a.B * a.G; task++) {
+      const int64_t b = task / a.G, g = task % a.G, size = a.K * a.V, whole = (int64_t)w.V * w.KP;
+      transpose(w.K, w.V, a.d_state + task * size, w.V, w.dS, w.KP);
+      const auto& at = cuts.at[b];
+      for (size_t n = at.size() - 1; n-- > 0;) {
+        const bool fresh = is_fresh(a, b, at[n]);
+        const float* kept = a.kept + ((cuts.before[b] + n) * a.G + g) * size;
+        for (int i = 0; i < w.V && !fresh; i++) memcpy(w.ST + i * w.KP, kept + i * w.K, w.K * sizeof(float));
+        const int chunks = (at[n + 1] - at[n] + CHUNK - 1) / CHUNK;
+        for (int m = 0; m + 1 < chunks; m++)
+          w.advance(b, at[n] + m * CHUNK, g, CHUNK, fresh && m == 0, w.ST + m * whole, w.ST + (m + 1) * whole);
+        for (int m = chunks - 1; m >= 0; m--) {
+          const int64_t t = at[n] + m * CHUNK, c = at[n + 1] - t < CHUNK ? at[n + 1] - t : CHUNK;
+          w.backward(b, t, g, c, fresh && m == 0, w.ST + m * whole);
+        }
+      }
+      transpose(w.V, w.K, w.dS, w.KP, a.d_state + task * size, w.V);
+    }
+  }
+}
+
+// As forward, token by token: for a few tokens.
+void linear_attention_steps(const Call* call) {
+  const Call& a = *call;
+  const int64_t tasks = a.B * a.G;
+  const bool shared = a.threads > 1 && tasks * a.T * a.K * a.V > SHARE_FROM;
+#pragma omp parallel num_threads(a.threads) if (shared)
+  {
+    Work w(a, false);
+#pragma omp for
+    for (int64_t task = 0; task < tasks; task++) w.step(task / a.G, task % a.G);
+  }
+}
+}
