@@ -1,0 +1,2 @@
+from seqzoo.kernels.strict_linear_attention.level import bdh_level
+from seqzoo.kernels.strict_linear_attention.op import strict_linear_attention

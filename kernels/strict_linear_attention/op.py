@@ -1,0 +1,75 @@
+"""strict_linear_attention: the public op. Everything above this folder calls this, `level.py`, and nothing else in it."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from seqzoo.kernels.dispatch import choose
+from seqzoo.kernels.strict_linear_attention import cpp
+from seqzoo.kernels.strict_linear_attention.chunked import strict_linear_attention_chunked
+from seqzoo.kernels.strict_linear_attention.reference import strict_linear_attention_reference
+
+BACKENDS = {
+    "reference": strict_linear_attention_reference,
+    "torch": strict_linear_attention_chunked,
+    "cpp": cpp.strict_linear_attention_cpp,
+}
+
+
+def strict_linear_attention(
+    r: Float[Tensor, "B T H N"],
+    v: Float[Tensor, "B T G D"],
+    *,
+    state: Float[Tensor, "B H N D"] | None = None,
+    starts: Bool[Tensor, "B T"] | None = None,
+    decay: Float[Tensor, "H"] | None = None,
+) -> tuple[Float[Tensor, "B T H D"], Float[Tensor, "B H N D"]]:
+    """Read a memory with a key, then write under the same key. Definition: `reference.py`; arXiv 2509.26507.
+
+    Args:
+        r: what is query and key at once, used as it is.
+        v: value; head h writes v of group h // (H / G).
+        state: the memory before the first token; None is zeros. It is used up: where no gradient is recorded, the
+            memory after the last token may be written over it.
+        starts: True at the first token of each packed document, where the memory is emptied before the token; a row
+            continues `state` up to its first start. None is no start at all.
+        decay: natural log of what a head's memory keeps per token, <= 0; a constant, it gets no gradient. None is 0.
+
+    Returns:
+        What was read, in v's dtype, and the memory after the last token, in fp32 (fp64 where v is).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, no token, or a forced backend that cannot run this.
+    """
+    _check(r, v, state, starts, decay)
+    able = lambda backend: v.dtype == r.dtype == torch.float32 and cpp.usable()
+    name = choose(BACKENDS, tokens=v.shape[1], device=v.device, able=able)
+    with torch.autocast(v.device.type, enabled=False):  # the memory stays in fp32
+        return BACKENDS[name](r, v, state, starts, decay)
+
+
+def _check(r: Tensor, v: Tensor, state: Tensor | None, starts: Tensor | None, decay: Tensor | None) -> None:
+    if r.ndim != 4 or v.ndim != 4 or 0 in r.shape or 0 in v.shape or r.shape[:2] != v.shape[:2]:
+        raise ValueError(
+            "strict_linear_attention: r and v: expected [B, T, H, N] and [B, T, G, D], every size >= 1, "
+            f"got {tuple(r.shape)} and {tuple(v.shape)}"
+        )
+    (B, T, H, N), (G, D) = r.shape, v.shape[2:]
+    if H % G:
+        raise ValueError(f"strict_linear_attention: v: expected a number of heads that divides r's {H}, got {G}")
+    check_shapes("strict_linear_attention", v.device, v=(v, v.shape), r=(r, r.shape), state=(state, (B, H, N, D)),
+                 starts=(starts, (B, T)), decay=(decay, (H,)))  # fmt: skip
+
+
+def check_shapes(op: str, device: torch.device, **expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Raises ValueError: a shape, a dtype (bool for starts and passed, else floating) or a device that is another."""
+    for name, (x, shape) in expected.items():
+        if x is None:
+            continue
+        if x.shape != shape:
+            raise ValueError(f"{op}: {name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
+        if x.device != device:
+            raise ValueError(f"{op}: {name}: expected v's device {device}, got {x.device}")
+        wants_bool = name in ("starts", "passed")
+        if (x.dtype != torch.bool) if wants_bool else not x.is_floating_point():
+            raise ValueError(f"{op}: {name}: expected {'bool' if wants_bool else 'a floating dtype'}, got {x.dtype}")
