@@ -54,6 +54,28 @@ def test_far_tokens_depend_on_sinks(name):
         assert (grad.abs().amax(1) > 1e-9).all()
 
 
+@pytest.mark.parametrize("name", ["full", "window"])
+def test_is_one_sequence_under_a_mask(name):
+    """The whole model by hand: sinks and tokens in one row, the sinks at position 0, seen by all and seeing each other."""
+    ours, x = model(name, embed_norm=True), ids(B, 9)
+    h = ours.stack.embed_norm(torch.cat([ours.sink_tokens.expand(B, -1, -1), ours.embed_tokens(x)], 1))
+    positions = torch.cat([torch.zeros(N, dtype=torch.int64), torch.arange(9)]).expand(B, -1)
+    back = torch.arange(N + 9)[:, None] - torch.arange(N + 9)
+    seen = (back >= 0) & (back < (MIXERS[name].get("window") or 99))
+    seen[:N] = False
+    seen[:, :N] = True
+    for block in ours.stack.levels():
+        part, normed = block.mixer, block.mixer_norm(h)
+        k, v = part.keys(normed)
+        q, k = part.turn(part.queries(normed), k, Span(positions))
+        k, v = (y.repeat_interleave(part.H // part.G, dim=2) for y in (k, v))
+        scores = torch.einsum("bthk,bshk->bhts", q, k) * part.K**-0.5
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        h = h + part.out(torch.einsum("bhts,bshk->bthk", weights, v), normed)
+        h = h + block.channel(block.channel_norm(h))[0]
+    assert_close(ours(x).logits, ours.lm_head(ours.stack.norm(h))[:, N:], atol=1e-8, rtol=1e-8)
+
+
 @every
 def test_a_row_of_documents_is_its_documents(name):
     ours, documents = model(name), [ids(1, n) for n in (5, 1, 9)]
