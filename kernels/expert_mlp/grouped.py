@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqzoo.kernels.expert_mlp.reference import Hidden
+
 ALIGNED = 16  # bytes: what a row of a grouped product's operands must be a multiple of
 
 
@@ -37,15 +39,18 @@ class _Collect(torch.autograd.Function):
         return _Spread.apply(grad, *ctx.saved_tensors), None, None
 
 
-def expert_mlp_grouped(x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def expert_mlp_grouped(
+    x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, hidden: Hidden | None = None
+) -> Tensor:
     """Same as `expert_mlp_reference`."""
     expert, order = chosen.flatten().sort(stable=True)
     ends = torch.searchsorted(expert, torch.arange(gate_up.shape[0], device=x.device), right=True, out_int32=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=x.device)).view_as(chosen)
     product = _grouped if _can_group(x, down) else _one_by_one
     gate, up = product(_Spread.apply(x, order, place), gate_up, ends).chunk(2, dim=-1)
-    hidden = F.silu(gate) * up * weight.flatten()[order, None]
-    return _Collect.apply(product(hidden.to(x.dtype), down, ends), order, place)
+    between = F.silu(gate) * up
+    between = (between if hidden is None else hidden(between)) * weight.flatten()[order, None]
+    return _Collect.apply(product(between.to(x.dtype), down, ends), order, place)
 
 
 def _can_group(x: Tensor, down: Tensor) -> bool:

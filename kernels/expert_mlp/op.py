@@ -6,7 +6,7 @@ from torch import Tensor
 from seqzoo.kernels.dispatch import choose
 from seqzoo.kernels.expert_mlp import native
 from seqzoo.kernels.expert_mlp.grouped import expert_mlp_grouped
-from seqzoo.kernels.expert_mlp.reference import expert_mlp_reference
+from seqzoo.kernels.expert_mlp.reference import Hidden, expert_mlp_reference
 
 BACKENDS = {
     "reference": expert_mlp_reference,
@@ -21,6 +21,7 @@ def expert_mlp(
     weight: Float[Tensor, "N k"],
     gate_up: Float[Tensor, "E I2 D"],
     down: Float[Tensor, "E D I"],
+    hidden: Hidden | None = None,
 ) -> Float[Tensor, "N D"]:
     """Send every token through the gated MLPs it chose and add up what they say. Definition: `reference.py`.
 
@@ -30,6 +31,7 @@ def expert_mlp(
         weight: of each slot's output, in any floating dtype.
         gate_up: each expert's gate matrix (rows 0 to I-1) and up matrix (rows I to 2I-1), in x's dtype.
         down: each expert's output matrix, in x's dtype.
+        hidden: applied row by row to what stands between the matrices, [rows, I], as a quantiser; not by backend cpp.
 
     Returns:
         The weighted sums, in x's dtype. Gradients flow to all but `chosen`. Two runs on a CPU give the same bits.
@@ -46,7 +48,11 @@ def expert_mlp(
     for name, given in dict(gate_up=gate_up, down=down).items():
         if given.dtype != x.dtype:
             raise ValueError(f"expert_mlp: {name}: expected x's dtype {x.dtype}, got {given.dtype}")
-    name = choose(BACKENDS, tokens=chosen.numel(), device=x.device, able=lambda _: native.runs(x))
+    able = lambda _: hidden is None and native.runs(x)
+    name = choose(BACKENDS, tokens=chosen.numel(), device=x.device, able=able)
+    if name == "cpp" and hidden is not None:
+        raise ValueError("expert_mlp: backend cpp: expected no `hidden`, got one")
     if name != "cpp" and x.device.type == "cpu" and chosen.numel() and not 0 <= chosen.min() <= chosen.max() < E:
         raise ValueError(f"expert_mlp: chosen: expected 0 to {E - 1}, got {chosen.min()} to {chosen.max()}")
-    return BACKENDS[name](x, chosen, weight, gate_up, down)
+    others = () if hidden is None else (hidden,)
+    return BACKENDS[name](x, chosen, weight, gate_up, down, *others)

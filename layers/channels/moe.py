@@ -19,6 +19,7 @@ from seqzoo.layers.linear import Linear
 from seqzoo.layers.mlp import GatedMLP
 from seqzoo.layers.precision import wide
 from seqzoo.layers.span import Span
+from seqzoo.layers.spike_linear import W8ASpikeExperts
 
 
 class MoE(nn.Module):
@@ -37,6 +38,8 @@ class MoE(nn.Module):
     Raises:
         ValueError: a size or a rate out of its range.
     """
+
+    SPIKES = {"gate_up_proj": "input_spikes", "down_proj": "hidden_spikes"}  # where an own matrix's input is spiked
 
     def __init__(
         self,
@@ -69,6 +72,8 @@ class MoE(nn.Module):
         self.router = Linear(hidden_size, num_experts, bias=False)
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_width))
+        self.input_spikes = self.hidden_spikes = None
+        self.experts = None  # in place of the two, where they are whole numbers
         self.shared = GatedMLP(hidden_size, shared_width) if shared_width else None
         self.shared_gate = Linear(hidden_size, 1, bias=False) if shared_width and shared_gate else None
         self.register_buffer("expert_bias", torch.zeros(num_experts) if bias_update_rate else None)
@@ -76,8 +81,9 @@ class MoE(nn.Module):
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """The experts' own matrices ~ normal(0, std); the linear layers know themselves."""
-        nn.init.normal_(self.gate_up_proj, std=std)
-        nn.init.normal_(self.down_proj, std=std)
+        for own in (self.gate_up_proj, self.down_proj):
+            if own is not None:
+                nn.init.normal_(own, std=std)
         if self.expert_bias is not None:
             nn.init.zeros_(self.expert_bias)
 
@@ -113,11 +119,23 @@ class MoE(nn.Module):
 
     def _experts(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
         """Under autocast the op is a matrix product like any other: its operands take the lower precision."""
+        if self.experts is not None:
+            return self.experts(x, chosen, weight)
         gate_up, down = self.gate_up_proj, self.down_proj
+        x = x if self.input_spikes is None else self.input_spikes(x)
         if torch.is_autocast_enabled(x.device.type):
             lower = torch.get_autocast_dtype(x.device.type)
             x, gate_up, down = x.to(lower), gate_up.to(lower), down.to(lower)
-        return expert_mlp(x, chosen, weight, gate_up, down)
+        return expert_mlp(x, chosen, weight, gate_up, down, hidden=self.hidden_spikes)
+
+    def quantise_experts(self, *, k: float, group: int, fill: bool) -> None:
+        """The experts' matrices in int8 from now on (`W8ASpikeExperts`); `fill`: their numbers are those of now."""
+        E, D, I = self.down_proj.shape
+        experts = W8ASpikeExperts(E, D, I, k=k, group=group)
+        if fill:
+            experts.fill(self.gate_up_proj, self.down_proj)
+        self.gate_up_proj = self.down_proj = self.input_spikes = self.hidden_spikes = None
+        self.experts = experts
 
     def _count(self, chosen: Tensor, probability: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
         N, E = probability.shape
@@ -162,8 +180,10 @@ class MoE(nn.Module):
 
     def active_parameters(self) -> int:
         """Parameters a token passes through: the router, k experts, the shared expert and its gate."""
-        experts = self.gate_up_proj[0].numel() + self.down_proj[0].numel()
-        others = sum(p.numel() for p in self.parameters()) - len(self.gate_up_proj) * experts
+        whole = self.experts
+        gate_up, down = (self.gate_up_proj, self.down_proj) if whole is None else whole.parameters()
+        experts = gate_up[0].numel() + down[0].numel()
+        others = sum(p.numel() for p in self.parameters()) - len(gate_up) * experts
         return others + self.k * experts
 
     def flops(self, context: int) -> int:
