@@ -1,0 +1,77 @@
+"""ovq_attention: the public op. Everything above this folder calls this and nothing else in it."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from seqzoo.kernels.dispatch import choose
+from seqzoo.kernels.ovq_attention.chunked import ovq_attention_chunked
+from seqzoo.kernels.ovq_attention.reference import ovq_attention_reference
+from seqzoo.kernels.ovq_attention.rule import OVQRule, OVQState
+
+BACKENDS = {"reference": ovq_attention_reference, "torch": ovq_attention_chunked}
+
+
+def ovq_attention(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T G V"],
+    scale: Float[Tensor, " H"],
+    rule: OVQRule,
+    *,
+    state: OVQState | None = None,
+    starts: Bool[Tensor, "B T"] | None = None,
+    valid: Bool[Tensor, "B T"] | None = None,
+) -> tuple[Float[Tensor, "B T H V"], OVQState | None]:
+    """Look at the open chunk's tokens, and at all before them through a few means. Definition: `reference.py`.
+
+    Args:
+        q, k: query and key, used as they are; give both unit length.
+        v: value; H is a multiple of its G heads, each of which has a memory, and serves H / G query heads.
+        scale: of each query head's logits, as sqrt K.
+        rule: the memory's size and how it is written; the chunk is a part of it, and changes what comes out.
+        state: of the tokens before, from `OVQState.empty` or the last call; None is none, and none is handed back.
+        starts: True at the first token of each packed document, which sees nothing before it and begins a chunk; a row
+            continues `state` up to its first start. None is no start at all.
+        valid: False for padding, which stands on the left, is seen by nobody, and reads nothing. None is all valid.
+
+    Returns:
+        What was read, in v's dtype, zeros for padding; and, if a state came in, the next one.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, no token, or a forced backend that is not there.
+    """
+    _check(q, k, v, scale, rule, state, starts, valid)
+    name = choose(BACKENDS, tokens=2, device=q.device)  # torch for one token too: the definition loops over heads
+    with torch.autocast(v.device.type, enabled=False):  # a rounded key may end up in another slot
+        return BACKENDS[name](q, k, v, scale, rule, state, starts, valid)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, scale: Tensor, rule: OVQRule, state: OVQState | None, starts: Tensor | None,
+    valid: Tensor | None,
+) -> None:  # fmt: skip
+    if q.ndim != 4 or v.ndim != 4 or 0 in q.shape or 0 in v.shape:
+        raise ValueError(
+            "ovq_attention: q and v: expected [B, T, H, K] and [B, T, G, V], every size >= 1, "
+            f"got {tuple(q.shape)} and {tuple(v.shape)}"
+        )
+    (B, T, H, K), (G, V) = q.shape, v.shape[2:]
+    if H % G:
+        raise ValueError(f"ovq_attention: q: expected a multiple of v's {G} heads, got {H}")
+    wanted = dict(k=(k, (B, T, G, K)), v=(v, (B, T, G, V)), scale=(scale, (H,)), starts=(starts, (B, T)))
+    wanted |= dict(valid=(valid, (B, T)))
+    if state is not None:
+        N, C = rule.slots, rule.chunk
+        shapes = ((B, G, N, K + V), (B, G, N), (B, C - 1, G, K + V), (B,))
+        wanted |= {f"state.{name}": x for name, *x in zip(state._fields, state, shapes, strict=True)}
+    for name, (x, shape) in wanted.items():
+        if x is None:
+            continue
+        if x.shape != shape:
+            raise ValueError(f"ovq_attention: {name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
+        if x.device != q.device:
+            raise ValueError(f"ovq_attention: {name}: expected q's device {q.device}, got {x.device}")
+        kind = {"starts": torch.bool, "valid": torch.bool, "state.tokens": torch.int64}.get(name)
+        if x.dtype != kind and (kind or not x.is_floating_point()):
+            raise ValueError(f"ovq_attention: {name}: expected {kind or 'a floating dtype'}, got {x.dtype}")

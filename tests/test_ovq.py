@@ -1,0 +1,340 @@
+"""OVQ attention: its definition, what it equals where nothing is merged, what its memory holds, and what is refused."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from seqzoo.kernels.causal_attention.reference import causal_attention_reference
+from seqzoo.kernels.dispatch import use_backend
+from seqzoo.kernels.ovq_attention import OVQRule, OVQState, ovq_attention
+from seqzoo.kernels.ovq_attention.op import BACKENDS
+from seqzoo.layers.registry import build
+
+B, T, H, G, K, V = 2, 23, 4, 2, 3, 5
+EXACT = dict(atol=1e-10, rtol=1e-8)
+RULE = OVQRule(chunk=4, slots=6)
+RULES = {
+    "default": {},
+    "min": dict(schedule="min", slots=9),
+    "linear": dict(schedule="linear", horizon=11),
+    "shared": dict(first_chunk="shared"),
+    "cosine": dict(similarity="cosine"),
+    "random": dict(choice="random"),
+    "step": dict(step=0.3),
+    "no counts": dict(log_count=False),
+    "norms": dict(norm_correction=True),
+    "renormalised": dict(renormalise=True),
+    "detached": dict(detach=True),
+    "one slot": dict(slots=1),
+    "more slots than can be filled": dict(slots=100),
+    "chunk of one": dict(chunk=1),
+    "one chunk": dict(chunk=50),
+}
+backends = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+every_rule = pytest.mark.parametrize("rule", [dataclasses.replace(RULE, **x) for x in RULES.values()], ids=RULES)
+
+
+def inputs(T=T, B=B, G=G, dtype=torch.float64):
+    """q, k, v, scale."""
+    q, k = (F.normalize(torch.randn(B, T, heads, K, dtype=torch.float64), dim=-1) for heads in (H, G))
+    return [x.to(dtype) for x in (q, k, torch.randn(B, T, G, V, dtype=torch.float64), 0.5 + torch.rand(H) * 3)]
+
+
+def empty(rule, B=B, dtype=torch.float64):
+    return OVQState.empty(B, G, K, V, rule, device="cpu", dtype=dtype)
+
+
+def cut(x, a, b):
+    q, k, v, scale = x
+    return [q[:, a:b], k[:, a:b], v[:, a:b], scale]
+
+
+def packed():
+    """Documents that begin inside a chunk, one after another, and after padding; a row of two chunks' tokens less."""
+    starts, valid = torch.zeros(B, T, dtype=torch.bool), torch.ones(B, T, dtype=torch.bool)
+    starts[0, [2, 9, 10, 15]], starts[1, [0, 12]] = True, True
+    valid[0, :2] = False
+    return starts, valid
+
+
+def full_attention(q, k, v, scale):
+    q = q * (scale * q.shape[-1] ** 0.5)[:, None]
+    return causal_attention_reference(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+@backends
+@every_rule
+@pytest.mark.parametrize("marks", [(None, None), packed()], ids=["one document", "packed"])
+@pytest.mark.parametrize("at", [None, 1, 9, 14], ids="cut at {}".format)
+def test_is_the_definition(backend, rule, marks, at):
+    """Outputs, the state, and the gradient of every input, through the state too."""
+    leaves = [x.requires_grad_() for x in inputs()]
+    found = []
+    for name in ("reference", backend):
+        fn = BACKENDS[name]
+        if at is None:
+            outputs = [fn(*leaves, rule, None, *marks)[0]]
+        else:
+            state, pieces = empty(rule), []
+            for a, b in ((0, at), (at, T)):
+                here = [None if x is None else x[:, a:b] for x in marks]
+                o, state = fn(*cut(leaves, a, b), rule, state, *here)
+                pieces.append(o)
+            open_ = torch.arange(rule.chunk - 1, 0, -1) <= state.tokens[:, None] % rule.chunk
+            pending = state.pending * open_[..., None, None]
+            outputs = [torch.cat(pieces, dim=1), state.memory, state.counts, state.tokens, pending]
+        torch.manual_seed(1)
+        learned = [y for y in outputs if y.requires_grad]
+        weights = [torch.randn(y.shape, dtype=y.dtype) for y in learned]
+        found.append([*outputs, *torch.autograd.grad(learned, leaves, weights)])
+    for ours, truth in zip(*reversed(found), strict=True):
+        assert ours.isfinite().all()
+        assert_close(ours, truth, **EXACT)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "rule",
+    [OVQRule(chunk=4, slots=T, schedule="min"), OVQRule(chunk=T, slots=3), OVQRule(chunk=8, slots=90, schedule="min")],
+    ids=["a slot for every token", "one chunk", "more slots than tokens"],
+)
+def test_nothing_merged_is_full_attention(backend, rule):
+    leaves, found = [x.requires_grad_() for x in inputs()], []
+    weights = torch.randn(B, T, H, V, dtype=torch.float64)
+    for fn in (lambda *x: BACKENDS[backend](*x, rule)[0], full_attention):
+        o = fn(*leaves)
+        found.append([o, *torch.autograd.grad(o, leaves, weights)])
+    for ours, truth in zip(*found, strict=True):
+        assert_close(ours, truth, **EXACT)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("first_chunk, same", [("farthest", True), ("shared", False)])
+def test_few_distinct_keys(backend, first_chunk, same):
+    """Means of equal keys are those keys, and counts their number: full attention, if each slot begins with its own."""
+    q, _, v, scale = inputs(T=64)
+    k = F.normalize(torch.randn(5, K, dtype=torch.float64), dim=-1)[torch.randint(5, (B, 64, G))]
+    o, _ = BACKENDS[backend](q, k, v, scale, OVQRule(chunk=16, slots=24, first_chunk=first_chunk))
+    assert torch.allclose(o, full_attention(q, k, v, scale), **EXACT) == same
+
+
+@backends
+@every_rule
+def test_the_memory_holds_all_tokens(backend, rule):
+    """Counts sum to the tokens merged, and means times counts to their keys and values."""
+    time = inputs()
+    _, state = BACKENDS[backend](*time, rule, empty(rule))
+    merged = T // rule.chunk * rule.chunk
+    assert (state.tokens == T).all() and (state.counts.sum(-1) == merged).all()
+    assert ((state.counts > 0).sum(-1) == rule.used(merged)).all()
+    assert state.memory.isfinite().all() and not state.memory[state.counts == 0].any()
+    assert torch.equal(state.pending[:, merged - T or rule.chunk :], torch.cat(time[1:3], dim=-1)[:, merged:])
+    if rule.step is None:
+        total = torch.cat(time[1:3], dim=-1)[:, :merged].sum(1)
+        kept = (state.counts[..., None] * state.memory).sum(2)
+        width = slice(K, None) if rule.renormalise else slice(None)
+        assert_close(kept[..., width], total[..., width], **EXACT)
+    if rule.renormalise:
+        assert_close(state.memory[state.counts > 0][:, :K].norm(dim=-1).min().item(), 1.0)
+
+
+@backends
+@pytest.mark.parametrize("t", [0, 7, 8, 15, T - 1])
+def test_causal(backend, t):
+    """Whatever a token is, what comes before it keeps its very bits."""
+    before, after = inputs(), inputs()
+    changed = [torch.cat([a[:, :t], b[:, t:]], dim=1) for a, b in zip(before[:3], after[:3], strict=True)]
+    a, b = (BACKENDS[backend](*x, before[3], RULE)[0] for x in (before[:3], changed))
+    assert torch.equal(a[:, :t], b[:, :t]) and not torch.equal(a[:, t], b[:, t])
+
+
+@every_rule
+def test_token_by_token_is_training(rule):
+    """Rows that stand at different places of their chunks, one with padding before it."""
+    time, (starts, valid) = inputs(), packed()
+    whole, nothing = ovq_attention(*time, rule, starts=starts, valid=valid)
+    state, pieces = empty(rule), []
+    for t in range(T):
+        marks = dict(starts=starts[:, t : t + 1], valid=valid[:, t : t + 1])
+        o, state = ovq_attention(*cut(time, t, t + 1), rule, state=state, **marks)
+        pieces.append(o)
+    assert nothing is None
+    assert_close(torch.cat(pieces, dim=1), whole, **EXACT)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_of_padding_stays(backend):
+    time, valid = inputs(), torch.tensor([[False] * 6, [True] * 6])
+    _, before = BACKENDS[backend](*cut(time, 0, 11), RULE, empty(RULE))
+    o, after = BACKENDS[backend](*cut(time, 11, 17), RULE, before, None, valid)
+    assert not o[0].any()
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(old[0], new[0])
+    o, after = BACKENDS[backend](*cut(time, 11, 17), RULE, before, None, valid & False)
+    assert not o.any() and all(map(torch.equal, before, after))
+
+
+@backends
+def test_gradients_are_right(backend):
+    time = [x.requires_grad_() for x in inputs(T=11, B=1)]
+    for options in ({}, dict(norm_correction=True, step=0.4), dict(renormalise=True, first_chunk="shared")):
+        rule = dataclasses.replace(RULE, **options)
+        assert torch.autograd.gradcheck(lambda *x, rule=rule: BACKENDS[backend](*x, rule)[0], time, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("detach", [False, True])
+def test_detach_ends_gradients_at_chunks(backend, detach):
+    time = [x.requires_grad_() for x in inputs()]
+    o, _ = BACKENDS[backend](*time, dataclasses.replace(RULE, detach=detach))
+    d_k, d_v = torch.autograd.grad(o[:, 9].sum(), time[1:3])
+    assert bool(d_k[:, :8].any()) == bool(d_v[:, :8].any()) == (not detach) and d_v[:, 8:10].any()
+
+
+@backends
+def test_what_backward_keeps(backend):
+    """A memory for each chunk, and a few times the inputs: no [T, N] scores, which would be 8 times all of it."""
+    T, rule = 512, OVQRule(chunk=64, slots=256)
+    q, k, v = (torch.randn(1, T, h, 2, requires_grad=True) for h in (8, 1, 1))
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // 4
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        BACKENDS[backend](q, k, v, torch.ones(8), rule)[0].sum()
+    scores = 8 * sum(64 * rule.used(t) for t in range(0, T, 64))
+    assert sum(kept.values()) < scores / 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(backend, dtype):
+    """On the same numbers as in fp32 no key goes to another slot: they are compared in fp32."""
+    time = inputs(T=200, dtype=dtype)
+    o, state = BACKENDS[backend](*time, RULE, empty(RULE, dtype=dtype))
+    truth, exact = BACKENDS[backend](*(x.float() for x in time), RULE, empty(RULE, dtype=torch.float32))
+    assert [x.dtype for x in (o, *state)] == [dtype, torch.float32, torch.float32, dtype, torch.int64]
+    assert torch.equal(state.counts, exact.counts)
+    assert (o.float() - truth).norm() < 5e-3 * truth.norm()
+
+
+def test_autocast_and_one_token_change_nothing():
+    time = inputs(dtype=torch.float32)
+    o, _ = ovq_attention(*time, RULE)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ovq_attention(*time, RULE)[0], o)
+    with use_backend("reference"):
+        assert_close(ovq_attention(*time, RULE)[0], o)
+    assert_close(ovq_attention(*cut(time, 0, 1), RULE)[0], o[:, :1])
+
+
+def test_schedules():
+    """Table of the specification: floor(t N / (t + N))."""
+    used = lambda N, *times, **more: [OVQRule(chunk=64, slots=N, **more).used(t) for t in times]
+    assert used(128, 128, 512, 1024, 4096, 16384, 65536) == [64, 102, 113, 124, 127, 127]
+    assert used(2048, 128, 512, 1024, 4096, 16384, 65536) == [120, 409, 682, 1365, 1820, 1985]
+    assert used(128, 64, 128, 192, schedule="min") == [64, 128, 128]
+    assert used(128, 0, 64, 128, 512, 4096, schedule="linear", horizon=512) == [0, 16, 32, 128, 128]
+    assert used(1, 0, 64, 128) == [0, 1, 1]  # the formula says 0, which would leave the tokens nowhere to go
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_which_tokens_get_slots(backend):
+    """By hand: angles on a circle."""
+    turn = torch.tensor([0, 10, 90, 180, 5, 270, 180, 80], dtype=torch.float64)[:, None, None].deg2rad()
+    k = torch.cat([turn.cos(), turn.sin()], dim=-1)[None]
+    v = torch.arange(8.0, dtype=torch.float64).view(1, 8, 1, 1)
+    rule = OVQRule(chunk=4, slots=3, schedule="min")
+
+    def slots(first_chunk, tokens):
+        options = dataclasses.replace(rule, first_chunk=first_chunk, schedule="linear", horizon=6)  # 2 slots, then 3
+        start = OVQState.empty(1, 1, 2, 1, options, device="cpu", dtype=torch.float64)
+        args = k[:, :tokens], k[:, :tokens], v[:, :tokens], torch.ones(1, dtype=torch.float64)
+        _, state = BACKENDS[backend](*args, options, start)
+        return list(zip(state.memory[0, 0, :, 2].round(decimals=9).tolist(), state.counts[0, 0].tolist(), strict=True))
+
+    assert slots("farthest", 4) == [(1.0, 3), (3.0, 1), (0.0, 0)]  # 0, 10 and 90 degrees; 180
+    assert slots("shared", 4) == [(1.0, 3), (3.0, 1), (0.0, 0)]
+    assert slots("farthest", 8) == [(14 / 5, 5), (4.5, 2), (5.0, 1)]  # 5 and 80 join; 180; 270 is new
+    turn[2] = torch.tensor(170.0).deg2rad()
+    k = torch.cat([turn.cos(), turn.sin()], dim=-1)[None]
+    assert slots("farthest", 4) == [(0.5, 2), (2.5, 2), (0.0, 0)]
+    assert slots("shared", 4) == [(1.0, 3), (3.0, 1), (0.0, 0)]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(slots=0), "slots: expected a whole number, 1 or more, got 0"),
+        (dict(chunk=0), "chunk: expected a whole number, 1 or more, got 0"),
+        (dict(schedule="log"), "schedule: expected one of .*'plateau'.*, got 'log'"),
+        (dict(schedule="linear"), "horizon: expected 6 tokens, .*, got None"),
+        (dict(schedule="linear", horizon=5), "horizon: expected 6 tokens, .*, got 5"),
+        (dict(horizon=9), "horizon: expected None with schedule 'plateau', got 9"),
+        (dict(first_chunk="x"), "first_chunk: expected one of"),
+        (dict(similarity="x"), "similarity: expected one of"),
+        (dict(choice="x"), "choice: expected one of"),
+        (dict(step=0.0), "step: expected None, or above 0 and up to 1, got 0.0"),
+        (dict(num_kv_heads=3), "num_heads: expected a multiple of num_kv_heads=3, got 4"),
+        (dict(head_width=0), "head_width: expected 1 or more, got 0"),
+    ],
+    ids=str,
+)
+def test_bad_configs(change, message):
+    spec = dict(kind="ovq_attention", num_heads=4, num_kv_heads=2, head_width=6, chunk=4, slots=6)
+    with pytest.raises(ValueError, match=f"ovq_attention: {message}"):
+        build("mixers", spec | change, 16)
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("q", lambda x: x[0], "q and v: expected .* got"),
+        ("q", lambda x: x[:, :, :3], "q: expected a multiple of v's 2 heads, got 3"),
+        ("k", lambda x: x[..., 1:], r"k: expected shape \(2, 23, 2, 3\), got \(2, 23, 2, 2\)"),
+        ("v", lambda x: x[:1], "k: expected shape|v: expected shape"),
+        ("scale", lambda x: x[1:], r"scale: expected shape \(4,\), got \(3,\)"),
+        ("starts", lambda x: x.int(), "starts: expected torch.bool, got torch.int32"),
+        ("valid", lambda x: x[:, 1:], "valid: expected shape"),
+        ("state", lambda x: x._replace(memory=x.memory[:, :, 1:]), "state.memory: expected shape"),
+        ("state", lambda x: x._replace(tokens=x.tokens.float()), "state.tokens: expected torch.int64"),
+    ],
+)
+def test_says_what_is_wrong(name, change, message):
+    starts, valid = packed()
+    wanted = dict(zip(["q", "k", "v", "scale"], inputs(), strict=True), starts=starts, valid=valid, state=empty(RULE))
+    wanted[name] = change(wanted[name])
+    unchecked = ovq_attention
+    while hasattr(unchecked, "__wrapped__"):  # past the check of the annotations that tests add
+        unchecked = unchecked.__wrapped__
+    with pytest.raises(ValueError, match=f"ovq_attention: {message}"):
+        unchecked(rule=RULE, **wanted)
+
+
+def test_state_does_not_grow():
+    part = build("mixers", dict(kind="ovq_attention", num_heads=4, num_kv_heads=2, head_width=6, chunk=4, slots=6), 16)
+    assert len({part.state_bytes(t, torch.bfloat16) for t in (1, 100, 10**6)}) == 1
+    matrices = 2 * sum(p.numel() for p in part.parameters() if p.ndim == 2)
+    assert part.flops(3) - matrices == 4 * 2 * 4 * 6  # 1, 2 and 3 tokens are seen, none merged
+    read = [4 * t * 4 * 6 for t in (1, 2, 3, 4, 2 + 1, 2 + 2)]  # of 4 tokens 2 slots remain
+    assert part.flops(6) - matrices == (sum(read) + 2 * 4 * 4 * 2 * 6) // 6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@every_rule
+def test_on_a_gpu(rule):
+    time, (starts, valid) = [x.requires_grad_() for x in inputs()], packed()
+    there = [x.detach().cuda().requires_grad_() for x in time]
+    o, state = ovq_attention(*time, rule, state=empty(rule), starts=starts, valid=valid)
+    begin = OVQState(*(x.cuda() for x in empty(rule)))
+    ours, after = ovq_attention(*there, rule, state=begin, starts=starts.cuda(), valid=valid.cuda())
+    pairs = [(ours, o), *zip(after[:2], state[:2], strict=True)]
+    pairs += zip(torch.autograd.grad(ours.sum(), there), torch.autograd.grad(o.sum(), time), strict=True)
+    for a, b in pairs:
+        assert_close(a.cpu(), b, **EXACT)
