@@ -6,7 +6,7 @@ from inspect import signature
 
 import pytest
 import torch
-from cases import CHANNELS
+from cases import ACTIVE_PARAMETERS, CHANNELS
 from torch.testing import assert_close
 
 from seqzoo.layers.registry import build, complete, kinds
@@ -83,15 +83,7 @@ def test_stats_add_up_and_padding_is_not_in_them(name):
 
 @every
 def test_active_parameters_and_flops(name):
-    part = channel(name)
-    spec = complete("channels", {"kind": name, **CHANNELS[name]})
-    mlp = lambda width: 3 * D * width
-    if spec["kind"] == "swiglu":
-        expected = mlp(spec["width"])
-    else:
-        expected = mlp(spec["shared_width"]) + spec["num_experts"] * D
-        expected += spec["num_experts_per_token"] * mlp(spec["expert_width"])
-        expected += D if spec["shared_width"] and spec["shared_gate"] else 0
+    part, expected = channel(name), ACTIVE_PARAMETERS[name]
     assert part.active_parameters() == expected
     assert part.flops(7) == 2 * expected
 
