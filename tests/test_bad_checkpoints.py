@@ -166,7 +166,7 @@ def test_pickles(folder, tmp_path):
         (None, "no such file"),
         ("{", "not readable as JSON"),
         ("[1]", "expected a JSON object, got list"),
-        ("{}", "model_type: expected one of ['qwen3_next'] or 'seqzoo', got None"),
+        ("{}", "model_type: expected one of ['gla_swa', 'qwen3_next'] or 'seqzoo', got None"),
         ('{"model_type": "folders"}', "got 'folders'"),
         ('{"model_type": ["seqzoo"]}', "got ['seqzoo']"),
         ('{"model_type": "gpt2"}', "got 'gpt2'"),

@@ -13,7 +13,7 @@ from transformers import Qwen3NextConfig
 
 from seqzoo.layers.registry import Spec
 from seqzoo.models.config import SeqZooConfig
-from seqzoo.models.convert.rules import COPY, SQUEEZE, How, Row, deal, describe, differences, period, pile, same
+from seqzoo.models.convert.rules import COPY, SQUEEZE, How, Row, deal, describe, differences, ends, period, pile
 
 KEPT = r"mtp\..*|.*\.rotary_emb\.inv_freq"  # theirs that ours has no room for; transformers does not load them either
 _PASSED = (
@@ -74,13 +74,7 @@ def to_theirs(ours: SeqZooConfig) -> dict[str, Any]:
 
 def rows(ours: SeqZooConfig, names: Collection[str]) -> list[Row]:
     """`names`: their tensors where they are known, which says how their experts are stored; else as published."""
-    embed, head = "model.embed_tokens.weight", "lm_head.weight"
-    if not ours.tie_word_embeddings:
-        table = [Row((embed,), ("embed_tokens.weight",), COPY), Row((head,), (head,), COPY)]
-    elif head in names:
-        table = [Row((embed, head), ("embed_tokens.weight",), same((embed, head)))]
-    else:
-        table = [Row((embed,), ("embed_tokens.weight",), COPY)]
+    table = ends("model.embed_tokens.weight", ours, names)
     for i in range(ours.num_hidden_layers):
         mixer, channel = _specs(ours, i)
         theirs = f"model.layers.{i}."
