@@ -17,14 +17,17 @@ CONFIGS = str(Path(__file__).parent / "configs")
 RESULTS = Path(__file__).parent / "results"
 
 
-def settings(cfg: DictConfig) -> dict[str, Any]:
+def settings(cfg: DictConfig, models: dict[str, Any] | None = None) -> dict[str, Any]:
     """The configuration in plain containers; with `smoke=true`, with what its `small` says put over it.
+
+    `models`: where the configuration does not list them.
 
     Raises:
         ValueError: `only` names no model, or there are no seeds.
     """
     given = plain(OmegaConf.merge(cfg, cfg.small) if cfg.smoke else cfg)
-    models, only = given["models"], given["only"] or list(given["models"])
+    models = given["models"] if models is None else models
+    only = given["only"] or list(models)
     for name in only:
         if name not in models:
             raise ValueError(f"only: expected names of {list(models)}, got {name!r}")
