@@ -10,9 +10,9 @@ and backward, dS' the gradient of the memory after the chunk, Q = (dA V^T) * f:
     dV = P^T dA + w (R dS')                 dS = keep dS' + R^T (e dA)
     dR = Q R + Q^T R + (e dA) S^T + (w V) dS'^T                             r is query and key
 
-Where a document starts inside the chunk, e, f and w are 0 across its start, and keep is 0. A chunk costs 4 N D + C (N + D)
-products a token and head; without a memory before or after it, half a square of C. So one chunk takes all where that is
-cheaper, else C is a few times D. Kept for backward are R, V and the memory at the start of each chunk.
+Where a document starts inside the chunk, e, f and w are 0 across its start, and keep is 0. A token and head cost
+4 N D + 2 C (N + D) operations; without a memory the first of the two falls away. So one chunk takes all up to a few
+times D tokens, else C is a few times D. Kept for backward are R, V and the memory at the start of each chunk.
 """
 
 import torch

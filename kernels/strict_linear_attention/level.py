@@ -3,7 +3,6 @@
 Everything of the width of all neurons is inside, so that a backend need not ever hold T of them.
 """
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -30,12 +29,12 @@ def bdh_level(
     *,
     state: Float[Tensor, "B H N D"] | None = None,
     starts: Bool[Tensor, "B T"] | None = None,
-    decay: Float[Tensor, "H"] | None = None,
+    decay: Float[Tensor, " H"] | None = None,
     passed: Bool[Tensor, "B H N T"] | None = None,
     dropout: float = 0.0,
     norm_eps: float = 1e-5,
     x_before: Float[Tensor, "B H T N"] | None = None,
-) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B H N D"], Float[Tensor, "2"], Float[Tensor, "B H T N"] | None]:
+) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B H N D"], Float[Tensor, " 2"], Float[Tensor, "B H T N"] | None]:
     """What a level adds to v. Definition: `reference.py`; arXiv 2509.26507.
 
     Args:

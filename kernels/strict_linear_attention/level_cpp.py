@@ -1,7 +1,7 @@
 """A level of BDH in C++ on a CPU: `level.cpp`, compiled on first use; float32, forward and backward.
 
-A sequence gets the same bits alone and in a batch. Gradients of the weights are sums over the batch, whose order depends
-on the number of threads, and on nothing else.
+A sequence gets the same bits alone and in a batch. Gradients of the weights are sums over the batch, whose order
+depends on the number of threads, and on nothing else.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""strict_linear_attention: the public op. Everything above this folder calls this, `level.py`, and nothing else in it."""
+"""strict_linear_attention: a public op. Above this folder nobody calls anything but this and `level.py`."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,7 +22,7 @@ def strict_linear_attention(
     *,
     state: Float[Tensor, "B H N D"] | None = None,
     starts: Bool[Tensor, "B T"] | None = None,
-    decay: Float[Tensor, "H"] | None = None,
+    decay: Float[Tensor, " H"] | None = None,
 ) -> tuple[Float[Tensor, "B T H D"], Float[Tensor, "B H N D"]]:
     """Read a memory with a key, then write under the same key. Definition: `reference.py`; arXiv 2509.26507.
 

@@ -12,7 +12,7 @@ so that a_t = sum over s < t of exp(decay (t - s)) (r_t . r_s) v_s: one vector i
 
 B batch   T time   H heads   G heads of v   N neurons per head   D model width
 Head h takes its v from head h // (H / G).
-Source: Kosowski et al. 2025, arXiv 2509.26507, and the code released with it (which settles what the paper leaves open).
+Source: Kosowski et al. 2025, arXiv 2509.26507, and the code released with it.
 """
 
 import torch
@@ -35,7 +35,7 @@ def strict_linear_attention_reference(
     fade = r.new_ones(r.shape[2], 1, 1) if decay is None else decay.to(dtype).exp()[:, None, None]
     if state is None:
         state = r.new_zeros(*r.shape[::2], r.shape[3], v.shape[3])
-    outputs = []
+    state, outputs = state.to(dtype), []
     for t in range(r.shape[1]):
         if starts is not None:
             state = torch.where(starts[:, t, None, None, None], 0, state)
