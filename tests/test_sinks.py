@@ -18,6 +18,8 @@ MIXERS = {
     "full": dict(kind="attention", **ATTENTION),
     "window": dict(kind="attention", window=4, qk_norm=True, **ATTENTION),
     "recurrent": dict(kind="gated_deltanet", num_key_heads=2, num_value_heads=2, key_width=3, value_width=5),
+    "momentum": dict(kind="momentum_attention", gamma=0.8, **ATTENTION),
+    "momentum in a window": dict(kind="momentum_attention", gamma=0.8, window=4, placement="pre", **ATTENTION),
     "beside each other": dict(
         kind="parallel",
         branches=dict(
@@ -56,7 +58,7 @@ def test_far_tokens_depend_on_sinks(name):
 
 @pytest.mark.parametrize("name", ["full", "window"])
 def test_is_one_sequence_under_a_mask(name):
-    """The whole model by hand: sinks and tokens in one row, the sinks at position 0, seen by all and seeing each other."""
+    """The whole model by hand: sinks and tokens in one row, the sinks at position 0, seen by all, each other too."""
     ours, x = model(name, embed_norm=True), ids(B, 9)
     h = ours.stack.embed_norm(torch.cat([ours.sink_tokens.expand(B, -1, -1), ours.embed_tokens(x)], 1))
     positions = torch.cat([torch.zeros(N, dtype=torch.int64), torch.arange(9)]).expand(B, -1)
@@ -192,7 +194,7 @@ def test_attention_by_hand():
         assert_close(y[:, t], part.out_proj(torch.einsum("bsh,bshk->bhk", weights, v_t).flatten(-2)))
 
 
-@pytest.mark.parametrize("name", ["full", "window"])
+@pytest.mark.parametrize("name", ["full", "window", "momentum"])
 def test_sinks_see_each_other_both_ways(name):
     part, x = build("mixers", MIXERS[name], D).double(), torch.randn(1, N, D).double().requires_grad_()
     y, state = part(x, Span.of_sinks(x))
