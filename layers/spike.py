@@ -23,7 +23,7 @@ class AdaptiveSpike(nn.Module):
 
     def __init__(self, k: float = 3.0, through_threshold: bool = False) -> None:
         super().__init__()
-        self.k, self.through_threshold = k, through_threshold
+        self.k, self.through_threshold = float(k), through_threshold
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C] -> y [..., C], dtype of x."""

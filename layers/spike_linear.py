@@ -44,7 +44,7 @@ class W8ASpike(nn.Module):
         self, in_features: int, out_features: int, *, bias: bool = True, k: float = 3.0, group: int = 128
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.k, self.group = in_features, out_features, k, group
+        self.in_features, self.out_features, self.k, self.group = in_features, out_features, float(k), group
         self.weight, scales = _room(out_features, in_features, group=group)
         self.register_buffer("scales", scales)
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
@@ -73,7 +73,7 @@ class W8ASpikeStack(nn.Module):
 
     def __init__(self, experts: int, in_features: int, out_features: int, *, k: float, group: int) -> None:
         super().__init__()
-        self.k, self.group = k, group
+        self.k, self.group = float(k), group
         self.weight, scales = _room(experts, out_features, in_features, group=group)
         self.register_buffer("scales", scales)
         self.reset_parameters()

@@ -70,7 +70,7 @@ def options(schema: type[NamedTuple], given: dict[str, Any], what: str) -> dict[
     k = full["k"]
     if isinstance(k, bool) or not isinstance(k, int | float) or not 0 < k < float("inf"):
         raise ValueError(f"{what}: k: expected a positive number, got {k!r}")
-    return full | {"skip": _patterns(full["skip"], what)}
+    return full | {"k": float(k), "skip": _patterns(full["skip"], what)}
 
 
 def _patterns(skip: Any, what: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""spike, spike_counts, spike_linear: the public ops. Everything above this folder calls these and nothing else in it."""
+"""spike, spike_counts, spike_linear: the public ops. Everything above this folder calls these alone."""
 
 import math
 
