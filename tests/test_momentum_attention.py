@@ -24,11 +24,6 @@ def layer(*, width=D, **options):
     return part
 
 
-def alone(T=T):
-    """Nothing before the first token."""
-    return torch.arange(T).expand(B, -1) == 0
-
-
 @pytest.mark.parametrize("first", ["zero_momentum", "zero_input"])
 @pytest.mark.parametrize("placement, which", [*product(["post", "pre"], SHEARS)])
 @pytest.mark.parametrize("options", [{}, dict(window=4, qk_norm=True, temperature=True)], ids=["plain", "window"])
@@ -52,7 +47,7 @@ def test_gain_and_phase(gamma):
     """e^{iwt} comes out as H(w) e^{iwt}, H = 1 + gamma (1 - e^{-iw}), behind the first token."""
     for w in (0.0, 0.3, 1.0, 2.0, math.pi):
         wave = torch.exp(1j * w * torch.arange(T, dtype=torch.float64))[None, :, None, None].expand(B, T, 1, 1)
-        out = torch.complex(*(shear(part, gamma, alone()) for part in (wave.real, wave.imag)))
+        out = torch.complex(*(shear(part, gamma) for part in (wave.real, wave.imag)))
         gain = (out / wave)[:, 1:]
         assert_close(gain.abs().square(), torch.full_like(gain.real, 1 + 2 * gamma * (1 + gamma) * (1 - math.cos(w))))
         assert_close(gain, torch.full_like(gain, 1 + gamma * (1 - complex(math.cos(w), -math.sin(w)))))
@@ -60,28 +55,29 @@ def test_gain_and_phase(gamma):
 
 def test_gain_at_rest_and_at_its_fastest():
     still, alternating = torch.ones(B, T, 1, 1), torch.tensor([1.0, -1.0]).repeat(T)[:T, None, None].expand(B, T, 1, 1)
-    assert_close(shear(still, 1.5, alone()), still)
-    assert_close(shear(alternating, 1.5, alone())[:, 1:], (4 * alternating)[:, 1:])
-    assert_close(shear(alternating, -0.4, alone())[:, 1:], (0.2 * alternating)[:, 1:])  # lowered
+    assert_close(shear(still, 1.5), still)
+    assert_close(shear(alternating, 1.5)[:, 1:], (4 * alternating)[:, 1:])
+    assert_close(shear(alternating, -0.4)[:, 1:], (0.2 * alternating)[:, 1:])  # lowered
 
 
 def test_the_first_token():
     x, gamma = torch.randn(B, T, 2, 3), torch.tensor([[0.3], [2.0]])
-    begins = alone() | (torch.arange(T) == 6)
-    assert torch.equal(shear(x, gamma, begins)[:, [0, 6]], x[:, [0, 6]])
-    assert_close(shear(x, gamma, begins, first="zero_input")[:, [0, 6]], ((1 + gamma) * x)[:, [0, 6]])
+    borders = (torch.arange(T) == 6).expand(B, -1)
+    assert torch.equal(shear(x, gamma, borders=borders)[:, [0, 6]], x[:, [0, 6]])
+    assert_close(shear(x, gamma, borders=borders, first="zero_input")[:, [0, 6]], ((1 + gamma) * x)[:, [0, 6]])
     for first in ("zero_momentum", "zero_input"):
-        y = shear(x, gamma, begins, first=first)
+        y = shear(x, gamma, borders=borders, first=first)
         assert_close(y[:, 7], (1 + gamma) * x[:, 7] - gamma * x[:, 6])
-        assert_close(y[:, 6:], shear(x[:, 6:], gamma, alone(T - 6), first=first))
-        rest = shear(x[:, 3:], gamma, torch.zeros(B, T - 3, dtype=torch.bool), x[:, 2], first)
-        assert_close(shear(x, gamma, alone(), first=first)[:, 3:], rest)
+        assert_close(y[:, 6:], shear(x[:, 6:], gamma, first=first))
+        rest = shear(x[:, 3:], gamma, last=x[:, 2], begun=torch.tensor([True, False]), first=first)
+        assert_close(shear(x, gamma, first=first)[0, 3:], rest[0])
+        assert_close(shear(x[:, 3:], gamma, first=first)[1], rest[1])
 
 
 def test_the_adjoint():
     """dx_t = (1 + gamma) dy_t - gamma dy_{t+1}; the first token's own tap is 1."""
     x, dy, gamma = torch.randn(B, T, 2, 3).double().requires_grad_(), torch.randn(B, T, 2, 3).double(), 0.7
-    (dx,) = torch.autograd.grad(shear(x, gamma, alone()), x, dy)
+    (dx,) = torch.autograd.grad(shear(x, gamma), x, dy)
     want = (1 + gamma) * dy - gamma * torch.cat([dy[:, 1:], torch.zeros_like(dy[:, :1])], 1)
     want[:, 0] -= gamma * dy[:, 0]
     assert_close(dx, want)
@@ -119,8 +115,8 @@ def test_each_key_head_has_its_gamma():
     span = Span.whole(x)
     new_q, new_k = part._shear(q, k, span, None)
     assert torch.equal(new_q[:, :, :2], q[:, :, :2]) and torch.equal(new_k[:, :, :1], k[:, :, :1])
-    assert_close(new_q[:, :, 2:], shear(q[:, :, 2:], 2.0, alone()))
-    assert_close(new_k[:, :, 1:], shear(k[:, :, 1:], 2.0, alone()))
+    assert_close(new_q[:, :, 2:], shear(q[:, :, 2:], 2.0))
+    assert_close(new_k[:, :, 1:], shear(k[:, :, 1:], 2.0))
 
 
 @pytest.mark.parametrize("which, sides", [("qk", 2), ("k_only", 1), ("q_only", 1)])

@@ -20,7 +20,6 @@ enough for induction, and with queries sheared too the token before the query's 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqzoo.layers.attend import Kept, SoftmaxHeads, seen_by
@@ -129,7 +128,9 @@ class MomentumAttention(SoftmaxHeads):
         y = self.out(o, x)
         if state is None:
             return y, None
-        last = [part[:, -1, :heads].clone() for part, heads in zip(plain, self._sheared(), strict=True)]
+        last = [part[:, -1, :heads] for part, heads in zip(plain, self._sheared(), strict=True)]
+        if x.shape[1] > 1:  # not a view, which would hold all the others
+            last = [part.clone() for part in last]
         begun = torch.ones_like(state.begun) if span.valid is None else span.valid[:, -1]
         return y, MomentumAttentionState(kept, *last, begun)
 
@@ -138,16 +139,15 @@ class MomentumAttention(SoftmaxHeads):
         return self.H * self.shears[0], self.G * self.shears[1]
 
     def _shear(self, q: Tensor, k: Tensor, span: Span, state: MomentumAttentionState | None) -> tuple[Tensor, Tensor]:
-        alone = torch.ones(q.shape[0], device=q.device, dtype=torch.bool) if state is None else ~state.begun
-        alone, borders = F.pad(alone[:, None], (0, q.shape[1] - 1)), span.borders
-        alone = alone if borders is None else alone | borders
-        gammas = [self.start, self.start] if self.gamma is None else [
-            gamma.to(q.dtype)[:, None] for gamma in (self.gamma.repeat_interleave(self.H // self.G), self.gamma)
-        ]  # fmt: skip
-        past = (None, None) if state is None else (state.q, state.k)
+        if self.gamma is None:
+            gammas = self.start, self.start
+        else:
+            gamma = self.gamma.to(q.dtype)[:, None]
+            gammas = gamma.repeat_interleave(self.H // self.G, dim=0), gamma
+        past, begun = ((None, None), None) if state is None else ((state.q, state.k), state.begun)
         q, k = (
-            shear(part, gamma, alone, last, self.first) if wanted else part
-            for part, gamma, last, wanted in zip((q, k), gammas, past, self.shears, strict=True)
+            shear(x, gamma, last=last, begun=begun, borders=span.borders, first=self.first) if wanted else x
+            for x, gamma, last, wanted in zip((q, k), gammas, past, self.shears, strict=True)
         )
         if self.temperature:
             growth = (1 + gammas[0]) ** 2 + gammas[0] ** 2
@@ -156,20 +156,33 @@ class MomentumAttention(SoftmaxHeads):
 
 
 def shear(
-    x: Tensor, gamma: float | Tensor, alone: Tensor, last: Tensor | None = None, first: str = "zero_momentum"
+    x: Tensor,
+    gamma: float | Tensor,
+    *,
+    last: Tensor | None = None,
+    begun: Tensor | None = None,
+    borders: Tensor | None = None,
+    first: str = "zero_momentum",
 ) -> Tensor:
     """x_t + gamma (x_t - x_{t-1}) [B, T, heads, K].
 
     Args:
         gamma: a number, or one per head [heads, 1].
-        alone: [B, T] bool, tokens with nothing before them.
-        last: [B, heads, K] what stands before x; None where every first token is alone.
-        first: what those alone get: zero_momentum (themselves), or zero_input (1 + gamma times that).
+        last, begun: [B, heads, K] what stands before x, where there is anything: [B] bool. None is nothing.
+        borders: [B, T] bool, tokens that have nothing before them.
+        first: what those have that begin: zero_momentum (x itself comes out), or zero_input (1 + gamma times x).
     """
-    before = torch.cat([torch.zeros_like(x[:, :1]) if last is None else last[:, None], x[:, :-1]], dim=1)
-    momentum, alone = x - before, alone[..., None, None]
-    momentum = momentum.masked_fill(alone, 0.0) if first == "zero_momentum" else torch.where(alone, x, momentum)
-    return x + gamma * momentum
+    alone = x if first == "zero_momentum" else torch.zeros_like(x)  # as what stands before a token that begins
+    before = alone[:, :1]
+    if last is not None:
+        before = torch.where(begun[:, None, None, None], last[:, None], before)
+    if x.shape[1] > 1:
+        before = torch.cat([before, x[:, :-1]], dim=1)
+    if borders is not None:
+        before = torch.where(borders[..., None, None], alone, before)
+    if isinstance(gamma, Tensor):
+        return torch.addcmul(x, x - before, gamma)
+    return torch.add(x, x - before, alpha=gamma)
 
 
 def _strength(gamma: float | None, law_depth: int | None, allow_negative: bool) -> float:
