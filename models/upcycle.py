@@ -16,8 +16,8 @@ and what is to undo c is put on the copies:
 
 Exact at the start are thus `down` with renormalised weights, and `down` with a router of zero, where the choice among
 equals is arbitrary but of no consequence. A random router chooses the largest weights, and sum_C w is above k/N: for
-SpikingBrain's N = 16, k = 1 a mean of 1.1/N where the logits have a standard deviation of 0.05, but 4/N where it is
-1.2, as weights of 0.02 on 3584 normed channels give it. test_upcycle.py measures all this.
+SpikingBrain's N = 16, k = 1 a mean of 1.1/N where the logits have a standard deviation of 0.05, but 4.5/N where it is
+1.2, as weights of 0.02 on 3584 normed channels give it: y is then 1.2 mlp(x). test_upcycle.py measures all this.
 Source: SpikingBrain 2025, arXiv 2509.05276 (S + k/N and its cube root); the idea: Komatsuzaki et al. 2022,
 arXiv 2212.05055.
 """
