@@ -3,6 +3,8 @@
 An architecture is a file here: its name is the `model_type` of a config.json. It has
     to_ours(config.json) -> SeqZooConfig        to_theirs(SeqZooConfig) -> config.json
     rows(SeqZooConfig, their names) -> rows     KEPT, a regex of their tensors that ours has no room for
+and, where some of those follow from the config,
+    added(SeqZooConfig) -> name: tensor         for a folder that has not kept them
 """
 
 import pkgutil

@@ -69,7 +69,10 @@ def from_ours(src: Path, to: str | None, max_shard_size: int) -> Plan:
     steps = [Step(row, to_ours=False, heads=source.heads, recorded=recorded) for row in rows]
     made = {name: head for step in steps for name, head in step.heads.items()} | kept.heads
     report = _report(("seqzoo", kind), steps, source.heads, kept.heads, src, source.files)
-    read, texts = _Reader(steps, source.read, kept.read), {"config.json": raw}
+    added = theirs.added(config) if origin is None and hasattr(theirs, "added") else {}
+    made |= {name: Head(tuple(x.shape), checkpoints.CODES[x.dtype], "") for name, x in added.items()}
+    rest = lambda name: added[name] if name in added else kept.read(name)
+    read, texts = _Reader(steps, source.read, rest), {"config.json": raw}
     if origin is not None:
         return Plan(origin.place(src, made), read, origin.metadata, origin.index, texts, src, report)
     heads = checkpoints.place(made, max_shard_size)
