@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from seqzoo.kernels import native
 from seqzoo.kernels.causal_attention.reference import causal_attention_reference
 from seqzoo.kernels.dispatch import use_backend
 from seqzoo.kernels.ovq_attention import OVQRule, OVQState, ovq_attention
@@ -33,7 +34,10 @@ RULES = {
     "chunk of one": dict(chunk=1),
     "one chunk": dict(chunk=50),
 }
-backends = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+EXACT_BACKENDS = ["reference", "torch"]  # those that know float64
+NEEDS_COMPILER = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+backends = pytest.mark.parametrize("backend", EXACT_BACKENDS[1:])
+all_backends = pytest.mark.parametrize("backend", [*EXACT_BACKENDS, pytest.param("cpp", marks=NEEDS_COMPILER)])
 every_rule = pytest.mark.parametrize("rule", [dataclasses.replace(RULE, **x) for x in RULES.values()], ids=RULES)
 
 
@@ -95,7 +99,7 @@ def test_is_the_definition(backend, rule, marks, at):
         assert_close(ours, truth, **EXACT)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EXACT_BACKENDS)
 @pytest.mark.parametrize(
     "rule",
     [OVQRule(chunk=4, slots=T, schedule="min"), OVQRule(chunk=T, slots=3), OVQRule(chunk=8, slots=90, schedule="min")],
@@ -111,7 +115,7 @@ def test_nothing_merged_is_full_attention(backend, rule):
         assert_close(ours, truth, **EXACT)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EXACT_BACKENDS)
 @pytest.mark.parametrize("first_chunk, same", [("farthest", True), ("shared", False)])
 def test_few_distinct_keys(backend, first_chunk, same):
     """Means of equal keys are those keys, and counts their number: full attention, if each slot begins with its own."""
@@ -165,7 +169,7 @@ def test_token_by_token_is_training(rule):
     assert_close(torch.cat(pieces, dim=1), whole, **EXACT)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EXACT_BACKENDS)
 def test_a_row_of_padding_stays(backend):
     time, valid = inputs(), torch.tensor([[False] * 6, [True] * 6])
     _, before = BACKENDS[backend](*cut(time, 0, 11), RULE, empty(RULE))
@@ -185,7 +189,7 @@ def test_gradients_are_right(backend):
         assert torch.autograd.gradcheck(lambda *x, rule=rule: BACKENDS[backend](*x, rule)[0], time, fast_mode=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EXACT_BACKENDS)
 @pytest.mark.parametrize("detach", [False, True])
 def test_detach_ends_gradients_at_chunks(backend, detach):
     time = [x.requires_grad_() for x in inputs()]
@@ -194,7 +198,7 @@ def test_detach_ends_gradients_at_chunks(backend, detach):
     assert bool(d_k[:, :8].any()) == bool(d_v[:, :8].any()) == (not detach) and d_v[:, 8:10].any()
 
 
-@backends
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=NEEDS_COMPILER)])
 def test_what_backward_keeps(backend):
     """A memory for each chunk, and a few times the inputs: no [T, N] scores, which would be 8 times all of it."""
     T, rule = 512, OVQRule(chunk=64, slots=256)
@@ -211,7 +215,7 @@ def test_what_backward_keeps(backend):
     assert sum(kept.values()) < scores / 3
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@all_backends
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(backend, dtype):
     """On the same numbers as in fp32 no key goes to another slot: they are compared in fp32."""
@@ -233,6 +237,80 @@ def test_autocast_and_one_token_change_nothing():
     assert_close(ovq_attention(*cut(time, 0, 1), RULE)[0], o[:, :1])
 
 
+NATIVE = {name: RULES[name] for name in ("default", "min", "linear", "shared", "no counts", "one slot", "chunk of one")}
+NATIVE |= {
+    "more slots than can be filled": dict(slots=100),
+    "larger": dict(chunk=32, slots=40),
+    "one chunk": dict(chunk=90),
+}
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("rule", [dataclasses.replace(RULE, **x) for x in NATIVE.values()], ids=NATIVE)
+@pytest.mark.parametrize("heads, widths", [((4, 2), (3, 5)), ((3, 3), (17, 33)), ((4, 1), (16, 8))], ids=str)
+@pytest.mark.parametrize("kind", ["one document", "packed", "in pieces", "packed in pieces"])
+def test_native_is_the_definition(rule, heads, widths, kind):
+    """Outputs and the gradient of every input; in pieces outputs and the state."""
+    T, (H, G), (K, V) = 70, heads, widths
+    q, k = (F.normalize(torch.randn(B, T, n, K), dim=-1) for n in (H, G))
+    leaves = [x.requires_grad_("pieces" not in kind) for x in (q, k, torch.randn(B, T, G, V), 0.5 + torch.rand(H) * 3)]
+    starts, valid = None, None
+    if "packed" in kind:
+        starts, valid = torch.rand(B, T) < 0.05, torch.arange(T).expand(B, -1) >= torch.tensor([[3], [0]])
+    found = []
+    for name in ("reference", "cpp"):
+        fn, state, pieces = BACKENDS[name], None, []
+        if "pieces" in kind:
+            state = OVQState.empty(B, G, K, V, rule, device="cpu", dtype=torch.float32)
+        for a, b in ((0, 9), (9, 10), (10, 11), (11, 39), (39, T)) if state else ((0, T),):
+            marks = [None if x is None else x[:, a:b] for x in (starts, valid)]
+            o, state = fn(*cut(leaves, a, b), rule, state, *marks)
+            pieces.append(o)
+        outputs = [torch.cat(pieces, dim=1)]
+        if state is None:
+            torch.manual_seed(1)
+            outputs += torch.autograd.grad(outputs, leaves, torch.randn(outputs[0].shape))
+        found.append([*outputs, *(state or ())[:2], *(state or ())[3:]])
+    for ours, truth in zip(*reversed(found), strict=True):
+        assert_close(ours, truth, atol=2e-5, rtol=1e-4)
+
+
+@NEEDS_COMPILER
+def test_native_bits():
+    """The same again, on any number of threads, and for a document alone, in a batch, or packed."""
+    time = [x.requires_grad_() for x in inputs(T=150, dtype=torch.float32)]
+    rule, starts = dataclasses.replace(RULE, chunk=16, slots=20), torch.zeros(B, 150, dtype=torch.bool)
+    starts[0, 37] = True
+
+    def run(x, starts=None):
+        o, _ = BACKENDS["cpp"](*x, rule, None, starts)
+        return [y.detach() for y in (o, *torch.autograd.grad(o.square().sum(), x)[:3])]
+
+    first, threads = run(time, starts), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert all(map(torch.equal, run(time, starts), first))
+    finally:
+        torch.set_num_threads(threads)
+    for row, a, b in ((0, 0, 37), (0, 37, 150), (1, 0, 150)):
+        alone = [x.detach()[row : row + 1, a:b].requires_grad_() for x in time[:3]]
+        for whole, part in zip(first, run([*alone, time[3]]), strict=True):
+            assert torch.equal(whole[row, a:b], part[0])
+
+
+def test_native_says_what_it_cannot():
+    time = inputs(dtype=torch.float32)
+    with use_backend("cpp"):
+        for x, rule, state in (
+            (inputs(), RULE, None),
+            (time, dataclasses.replace(RULE, similarity="cosine"), None),
+            (time, dataclasses.replace(RULE, detach=True), None),
+            ([time[0].requires_grad_(), *time[1:]], RULE, empty(RULE, dtype=torch.float32)),
+        ):
+            with pytest.raises(ValueError, match="ovq_attention: backend cpp: expected"):
+                ovq_attention(*x, rule, state=state)
+
+
 def test_schedules():
     """Table of the specification: floor(t N / (t + N))."""
     used = lambda N, *times, **more: [OVQRule(chunk=64, slots=N, **more).used(t) for t in times]
@@ -243,7 +321,7 @@ def test_schedules():
     assert used(1, 0, 64, 128) == [0, 1, 1]  # the formula says 0, which would leave the tokens nowhere to go
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EXACT_BACKENDS)
 def test_which_tokens_get_slots(backend):
     """By hand: angles on a circle."""
     turn = torch.tensor([0, 10, 90, 180, 5, 270, 180, 80], dtype=torch.float64)[:, None, None].deg2rad()

@@ -5,11 +5,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from seqzoo.kernels.dispatch import choose
+from seqzoo.kernels.ovq_attention import cpp
 from seqzoo.kernels.ovq_attention.chunked import ovq_attention_chunked
 from seqzoo.kernels.ovq_attention.reference import ovq_attention_reference
 from seqzoo.kernels.ovq_attention.rule import OVQRule, OVQState
 
-BACKENDS = {"reference": ovq_attention_reference, "torch": ovq_attention_chunked}
+BACKENDS = {"reference": ovq_attention_reference, "torch": ovq_attention_chunked, "cpp": cpp.ovq_attention_cpp}
 
 
 def ovq_attention(
@@ -42,7 +43,9 @@ def ovq_attention(
         ValueError: shapes, dtypes or devices that do not fit, no token, or a forced backend that is not there.
     """
     _check(q, k, v, scale, rule, state, starts, valid)
-    name = choose(BACKENDS, tokens=2, device=q.device)  # torch for one token too: the definition loops over heads
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, scale, *(state or ())))
+    able = lambda _: not torch.compiler.is_compiling() and cpp.takes(v, rule, learns, state) and cpp.usable()
+    name = choose(BACKENDS, tokens=2, device=q.device, able=able)  # one token too: the definition loops over heads
     with torch.autocast(v.device.type, enabled=False):  # a rounded key may end up in another slot
         return BACKENDS[name](q, k, v, scale, rule, state, starts, valid)
 
