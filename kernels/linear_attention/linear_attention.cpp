@@ -18,6 +18,9 @@
 #include <vector>
 
 #include "gemm.h"
+#if defined(__SSE__)
+#include <immintrin.h>
+#endif
 
 using namespace seqzoo;
 
@@ -25,6 +28,7 @@ namespace {
 
 constexpr int CHUNK = 16;    // tokens, whole vectors of any machine
 constexpr int SEGMENT = 64;  // tokens, whole chunks
+constexpr int AT_ONCE = LANES == CHUNK ? 8 : 4;  // queries that share a pass over W
 constexpr int64_t SHARE_FROM = 1 << 18;  // multiplications from which on steps are worth a second thread
 
 }  // namespace
@@ -54,6 +58,18 @@ bool is_fresh(const Call& a, int64_t b, int64_t t) {
   return (a.starts && a.starts[b * a.T + t]) || (t == 0 && !a.has_state);
 }
 
+int within(int64_t tokens) { return tokens < CHUNK ? tokens : CHUNK; }
+
+// While it lives, its thread takes denormals for 0. What fades and gets nothing new (relu gives many keys of 0) passes through
+// them on its way to nothing, and each would cost as much as a hundred other products.
+struct NoDenormals {
+#if defined(__SSE__)
+  const unsigned before = _mm_getcsr();
+  NoDenormals() { _mm_setcsr(before | 0x8040); }
+  ~NoDenormals() { _mm_setcsr(before); }
+#endif
+};
+
 void times(float* x, const float* by, int width) {
   for (int i = 0; i < width; i += LANES) store(x + i, load(x + i) * load(by + i));
 }
@@ -62,14 +78,23 @@ void add_product(float* to, const float* x, const float* y, int width) {
   for (int i = 0; i < width; i += LANES) store(to + i, load(to + i) + load(x + i) * load(y + i));
 }
 
+// c tokens from t on of a key head of a sequence.
+struct Chunk {
+  int64_t b, t, g;
+  int c;
+  bool fresh;  // the memory before it is empty
+};
+
 // One task's buffers. Rows of K or V floats are padded with zeros to whole vectors, KP or VP.
 struct Work {
   const Call& a;
   const int K, V, KP, VP, R, READ;
   const bool fades;
+  const NoDenormals none;
   float *q, *k, *v, *S, *decay, *E, *W, *reads, *out;           // S follows v: [CHUNK + K, VP]
   float *d_o, *vT, *d_scores, *dq, *dk, *dv, *dvT, *dS, *ST;    // of backward only
   float *keys, *d_log, *total, *left;
+  VecInt lane;
 
   Work(const Call& call, bool backward)
       : a(call), K(call.K), V(call.V), KP(padded(K)), VP(padded(V)), R(call.H / call.G), READ(CHUNK + KP), fades(call.decays) {
@@ -91,6 +116,8 @@ struct Work {
     while ((uintptr_t)next % sizeof(Vec)) next++;
     for (const Piece& p : pieces) *p.at = next, next += padded(p.size);
     S = v + CHUNK * VP;
+    for (int i = 0; i < CHUNK * KP; i++) decay[i] = 1;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
   }
 
   void get_row(float* to, const char* from, int64_t at, int n, int width) const {
@@ -103,85 +130,100 @@ struct Work {
     else store_row((float*)to + at, from, n);
   }
   int64_t at(const int64_t* step, int64_t b, int64_t t, int64_t h) const { return b * step[0] + t * step[1] + h * step[2]; }
-  int64_t token(int64_t b, int64_t t, int64_t g) const { return (b * a.T + t) * a.G + g; }
+  int64_t token(const Chunk& n, int i) const { return (n.b * a.T + n.t + i) * a.G + n.g; }
 
-  // Keys, values and decays of c tokens. What g says at a document's start has no meaning.
-  void get_keys(int64_t b, int64_t t, int64_t g, int c, bool fresh) {
-    for (int i = 0; i < c; i++) {
-      get_row(k + i * KP, a.k, at(a.k_step, b, t + i, g), K, KP);
-      get_row(v + i * VP, a.v, at(a.v_step, b, t + i, g), V, VP);
+  // Keys, values and decays. What g says at a document's start has no meaning.
+  void get_keys(const Chunk& n) {
+    for (int i = 0; i < n.c; i++) {
+      get_row(k + i * KP, a.k, at(a.k_step, n.b, n.t + i, n.g), K, KP);
+      get_row(v + i * VP, a.v, at(a.v_step, n.b, n.t + i, n.g), V, VP);
       if (!fades) continue;
       float* to = decay + i * KP;
-      const float* from = a.g + token(b, t + i, g) * a.decays;
+      const float* from = a.g + token(n, i) * a.decays;
       for (int x = 0; x < KP; x++) to[x] = x < K ? from[a.decays == K ? x : 0] : 0.0f;
-      for (int x = 0; x < KP; x += LANES) store(to + x, fresh && i == 0 ? broadcast(1.0f) : exp(load(to + x)));
+      for (int x = 0; x < KP; x += LANES) store(to + x, n.fresh && i == 0 ? broadcast(1.0f) : exp(load(to + x)));
     }
-    memset(v + c * VP, 0, (CHUNK - c) * VP * sizeof(float));
+    memset(v + n.c * VP, 0, (CHUNK - n.c) * VP * sizeof(float));
   }
 
-  void get_queries(int64_t b, int64_t t, int64_t g, int c) {
-    for (int i = 0; i < c; i++)
-      for (int r = 0; r < R; r++) get_row(q + (i * R + r) * KP, a.q, at(a.q_step, b, t + i, g * R + r), K, KP);
+  void get_queries(const Chunk& n) {
+    for (int i = 0; i < n.c; i++)
+      for (int r = 0; r < R; r++) get_row(q + (i * R + r) * KP, a.q, at(a.q_step, n.b, n.t + i, n.g * R + r), K, KP);
+  }
+
+  // Token i: W is brought up to it, and N of its queries are answered from it; `first` of them bring it.
+  template <int N> void ask_rows(int i, int first) {
+    constexpr int VECTORS = CHUNK / LANES;
+    const float *rows = q + (i * R + first) * KP, *fade = decay + i * KP, *key = k + i * KP;
+    Vec sums[N][VECTORS] = {};
+    for (int x = 0; x < K; x++) {
+      for (int j = 0; j < VECTORS; j++) {
+        float* w = W + x * CHUNK + j * LANES;
+        Vec now = load(w);
+        if (first == 0) store(w, now = lane + j * LANES == i ? broadcast(key[x]) : fade[x] * now);
+        for (int r = 0; r < N; r++) sums[r][j] += rows[r * KP + x] * now;
+      }
+    }
+    for (int r = 0; r < N; r++)
+      for (int j = 0; j < VECTORS; j++) store(reads + (i * R + first + r) * READ + j * LANES, sums[r][j]);
+  }
+  template <int N> void ask_some(int n, int i, int first) {
+    if (n >= N) return ask_rows<N>(i, first);
+    if constexpr (N > 1) ask_some<N - 1>(n, i, first);
   }
 
   // From one token to the next, reads = [P | E Q]; in the end W [K, CHUNK] is W_last K transposed, and E is E_last.
-  void ask(int c) {
+  void ask(const Chunk& n) {
     memset(W, 0, K * CHUNK * sizeof(float));
     for (int x = 0; x < KP; x += LANES) store(E + x, broadcast(1.0f));
-    for (int i = 0; i < c; i++) {
-      if (fades) {
-        const float* fade = decay + i * KP;
-        for (int x = 0; x < K; x++)
-          for (int j = 0; j <= i; j += LANES) store(W + x * CHUNK + j, fade[x] * load(W + x * CHUNK + j));
-        times(E, fade, KP);
-      }
-      for (int x = 0; x < K; x++) W[x * CHUNK + i] = k[i * KP + x];
-      gemm(R, CHUNK, K, q + i * R * KP, KP, 1, W, CHUNK, reads + i * R * READ, READ);
+    for (int i = 0; i < n.c; i++) {
+      for (int r = 0; r < R; r += AT_ONCE) ask_some<AT_ONCE>(R - r, i, r);
+      times(E, decay + i * KP, KP);
       for (int r = i * R; r < i * R + R; r++)
         for (int x = 0; x < KP; x += LANES) store(reads + r * READ + CHUNK + x, load(q + r * KP + x) * load(E + x));
     }
   }
 
   // o of a chunk; S becomes the memory after it.
-  void forward(int64_t b, int64_t t, int64_t g, int c, bool fresh) {
-    get_keys(b, t, g, c, fresh);
-    get_queries(b, t, g, c);
-    ask(c);
-    gemm(c * R, VP, fresh ? CHUNK : CHUNK + K, reads, READ, 1, v, VP, out, VP);
-    for (int i = 0; i < c; i++)
-      for (int r = 0; r < R; r++) put_row(a.o, (token(b, t + i, g) * R + r) * V, out + (i * R + r) * VP, V);
-    for (int x = 0; x < K && fades && !fresh; x++)
+  void forward(const Chunk& n) {
+    get_keys(n);
+    get_queries(n);
+    ask(n);
+    gemm(n.c * R, VP, n.fresh ? CHUNK : CHUNK + K, reads, READ, 1, v, VP, out, VP);
+    for (int i = 0; i < n.c; i++)
+      for (int r = 0; r < R; r++) put_row(a.o, (token(n, i) * R + r) * V, out + (i * R + r) * VP, V);
+    for (int x = 0; x < K && fades && !n.fresh; x++)
       for (int j = 0; j < VP; j += LANES) store(S + x * VP + j, E[x] * load(S + x * VP + j));
-    gemm(K, VP, c, W, CHUNK, 1, v, VP, S, VP, fresh ? Into::SET : Into::ADD);
+    gemm(K, VP, n.c, W, CHUNK, 1, v, VP, S, VP, n.fresh ? Into::SET : Into::ADD);
   }
 
   // next = the transposed memory after a chunk whose memory was `now`.
-  void advance(int64_t b, int64_t t, int64_t g, int c, bool fresh, const float* now, float* next) {
-    get_keys(b, t, g, c, fresh);
+  void advance(const Chunk& n, const float* now, float* next) {
+    get_keys(n);
     for (int x = 0; x < KP; x += LANES) store(E + x, broadcast(1.0f));
-    for (int i = c - 1; i >= 0; i--) {
+    for (int i = n.c - 1; i >= 0; i--) {
       times(k + i * KP, E, KP);
-      if (fades) times(E, decay + i * KP, KP);
+      times(E, decay + i * KP, KP);
     }
-    for (int i = 0; i < V && !fresh; i++)
+    for (int i = 0; i < V && !n.fresh; i++)
       for (int x = 0; x < KP; x += LANES) store(next + i * KP + x, load(now + i * KP + x) * load(E + x));
-    gemm(V, KP, c, v, 1, VP, k, KP, next, KP, fresh ? Into::SET : Into::ADD);
+    gemm(V, KP, n.c, v, 1, VP, k, KP, next, KP, n.fresh ? Into::SET : Into::ADD);
   }
 
   // Gradients of a chunk whose transposed memory is `now`; dS, the gradient of the memory after it, becomes that of `now`.
-  void backward(int64_t b, int64_t t, int64_t g, int c, bool fresh, const float* now) {
-    get_keys(b, t, g, c, fresh);
-    get_queries(b, t, g, c);
-    for (int i = 0; i < c; i++)
-      for (int r = 0; r < R; r++) get_row(d_o + (i * R + r) * VP, a.d_o, (token(b, t + i, g) * R + r) * V, V, VP);
-    ask(c);
-    of_scores(c);
-    of_queries(b, t, g, c, fresh, now);
-    of_keys(b, t, g, c, fresh, now);
-    of_values(b, t, g, c);
-    if (fresh) return (void)memset(dS, 0, V * KP * sizeof(float));
+  void backward(const Chunk& n, const float* now) {
+    get_keys(n);
+    get_queries(n);
+    for (int i = 0; i < n.c; i++)
+      for (int r = 0; r < R; r++) get_row(d_o + (i * R + r) * VP, a.d_o, (token(n, i) * R + r) * V, V, VP);
+    ask(n);
+    of_scores(n.c);
+    of_queries(n, now);
+    of_keys(n, now);
+    of_values(n);
+    if (n.fresh) return (void)memset(dS, 0, V * KP * sizeof(float));
     for (int i = 0; i < V && fades; i++) times(dS + i * KP, E, KP);
-    gemm(V, KP, c * R, d_o, 1, VP, reads + CHUNK, READ, dS, KP, Into::ADD);
+    gemm(V, KP, n.c * R, d_o, 1, VP, reads + CHUNK, READ, dS, KP, Into::ADD);
   }
 
   void of_scores(int c) {
@@ -193,53 +235,53 @@ struct Work {
   }
 
   // Also keys = W_last K, and into d_log what each query has to say on the sum of g up to it.
-  void of_queries(int64_t b, int64_t t, int64_t g, int c, bool fresh, const float* now) {
-    if (fresh) memset(dq, 0, c * R * KP * sizeof(float));
+  void of_queries(const Chunk& n, const float* now) {
+    const int c = n.c;
+    if (n.fresh) memset(dq, 0, c * R * KP * sizeof(float));
     else gemm(c * R, KP, V, d_o, VP, 1, now, KP, dq, KP);
     memset(d_log, 0, c * KP * sizeof(float));
     for (int x = 0; x < KP; x += LANES) store(left + x, broadcast(1.0f));
     for (int i = 0; i < c; i++) {
-      if (fades) {
-        times(left, decay + i * KP, KP);
-        for (int j = 0; j < i; j++) times(keys + j * KP, decay + i * KP, KP);
-        for (int r = i * R; r < i * R + R; r++) times(dq + r * KP, left, KP);
-      }
+      times(left, decay + i * KP, KP);
+      for (int j = 0; j < i && fades; j++) times(keys + j * KP, decay + i * KP, KP);
+      for (int r = i * R; r < i * R + R && fades; r++) times(dq + r * KP, left, KP);
       memcpy(keys + i * KP, k + i * KP, KP * sizeof(float));
       gemm(R, KP, i + 1, d_scores + i * R * CHUNK, CHUNK, 1, keys, KP, dq + i * R * KP, KP, Into::ADD);
       for (int r = 0; r < R; r++) {
         const float* row = dq + (i * R + r) * KP;
-        put_row(a.dq, (token(b, t + i, g) * R + r) * K, row, K);
+        put_row(a.dq, (token(n, i) * R + r) * K, row, K);
         if (fades) add_product(d_log + i * KP, q + (i * R + r) * KP, row, KP);
       }
     }
   }
 
   // Also of g, from the last token to the first: queries gain by what stands in the sum up to them, keys lose by it.
-  void of_keys(int64_t b, int64_t t, int64_t g, int c, bool fresh, const float* now) {
+  void of_keys(const Chunk& n, const float* now) {
+    const int c = n.c;
     gemm(c, KP, V, v, VP, 1, dS, KP, dk, KP);
     memset(total, 0, KP * sizeof(float));
-    for (int i = 0; i < V && fades && !fresh; i++) add_product(total, dS + i * KP, now + i * KP, KP);
+    for (int i = 0; i < V && fades && !n.fresh; i++) add_product(total, dS + i * KP, now + i * KP, KP);
     times(total, E, KP);
     for (int i = 0; i < c && fades; i++) add_product(total, keys + i * KP, dk + i * KP, KP);
     for (int i = c - 1; i >= 0; i--) {
       gemm(i + 1, KP, R, d_scores + i * R * CHUNK, 1, CHUNK, q + i * R * KP, KP, dk, KP, Into::ADD);
-      put_row(a.dk, token(b, t + i, g) * K, dk + i * KP, K);
+      put_row(a.dk, token(n, i) * K, dk + i * KP, K);
       if (!fades) continue;
       for (int j = 0; j < i; j++) times(dk + j * KP, decay + i * KP, KP);
       for (int x = 0; x < KP; x += LANES)
         store(total + x, load(total + x) + (load(d_log + i * KP + x) - load(k + i * KP + x) * load(dk + i * KP + x)));
-      float* dg = a.dg + token(b, t + i, g) * a.decays;
+      float* dg = a.dg + token(n, i) * a.decays;
       for (int x = 0; x < a.decays; x++) dg[x] = 0;
-      for (int x = 0; x < K && !(fresh && i == 0); x++) dg[a.decays == K ? x : 0] += total[x];
+      for (int x = 0; x < K && !(n.fresh && i == 0); x++) dg[a.decays == K ? x : 0] += total[x];
     }
   }
 
-  void of_values(int64_t b, int64_t t, int64_t g, int c) {
-    gemm(c, VP, c * R, reads, 1, READ, d_o, VP, dv, VP);
+  void of_values(const Chunk& n) {
+    gemm(n.c, VP, n.c * R, reads, 1, READ, d_o, VP, dv, VP);
     gemm(V, CHUNK, K, dS, KP, 1, W, CHUNK, dvT, CHUNK);
-    for (int i = 0; i < c; i++) {
+    for (int i = 0; i < n.c; i++) {
       for (int x = 0; x < V; x++) dv[i * VP + x] += dvT[x * CHUNK + i];
-      put_row(a.dv, token(b, t + i, g) * V, dv + i * VP, V);
+      put_row(a.dv, token(n, i) * V, dv + i * VP, V);
     }
   }
 
@@ -247,16 +289,14 @@ struct Work {
   void step(int64_t b, int64_t g) {
     float* S = a.state + (b * a.G + g) * K * V;
     for (int64_t t = 0; t < a.T; t++) {
-      const bool fresh = is_fresh(a, b, t);
-      if (fresh) memset(S, 0, (int64_t)K * V * sizeof(float));
-      get_keys(b, t, g, 1, fresh);
-      get_queries(b, t, g, 1);
-      for (int x = 0; x < K; x++) {
-        const float fade = fades ? decay[x] : 1.0f, key = k[x];
-        for (int j = 0; j < V; j++) S[x * V + j] = fade * S[x * V + j] + key * v[j];
-      }
+      const Chunk n{b, t, g, 1, is_fresh(a, b, t)};
+      if (n.fresh) memset(S, 0, (int64_t)K * V * sizeof(float));
+      get_keys(n);
+      get_queries(n);
+      for (int x = 0; x < K; x++)
+        for (int j = 0; j < V; j++) S[x * V + j] = decay[x] * S[x * V + j] + k[x] * v[j];
       gemm(R, V, K, q, KP, 1, S, V, out, VP);
-      for (int r = 0; r < R; r++) put_row(a.o, (token(b, t, g) * R + r) * V, out + r * VP, V);
+      for (int r = 0; r < R; r++) put_row(a.o, (token(n, 0) * R + r) * V, out + r * VP, V);
     }
   }
 };
@@ -299,7 +339,7 @@ void linear_attention_forward(const Call* call) {
         const bool fresh = is_fresh(a, b, at[n]);
         if (a.kept && !fresh) transpose(w.K, w.V, w.S, w.VP, a.kept + ((cuts.before[b] + n) * a.G + g) * size, w.K);
         for (int64_t t = at[n]; t < at[n + 1]; t += CHUNK)
-          w.forward(b, t, g, at[n + 1] - t < CHUNK ? at[n + 1] - t : CHUNK, fresh && t == at[n]);
+          w.forward({b, t, g, within(at[n + 1] - t), fresh && t == at[n]});
       }
       for (int x = 0; x < w.K; x++) memcpy(a.state + task * size + x * w.V, w.S + x * w.VP, w.V * sizeof(float));
     }
@@ -323,10 +363,10 @@ void linear_attention_backward(const Call* call) {
         for (int i = 0; i < w.V && !fresh; i++) memcpy(w.ST + i * w.KP, kept + i * w.K, w.K * sizeof(float));
         const int chunks = (at[n + 1] - at[n] + CHUNK - 1) / CHUNK;
         for (int m = 0; m + 1 < chunks; m++)
-          w.advance(b, at[n] + m * CHUNK, g, CHUNK, fresh && m == 0, w.ST + m * whole, w.ST + (m + 1) * whole);
+          w.advance({b, at[n] + m * CHUNK, g, CHUNK, fresh && m == 0}, w.ST + m * whole, w.ST + (m + 1) * whole);
         for (int m = chunks - 1; m >= 0; m--) {
-          const int64_t t = at[n] + m * CHUNK, c = at[n + 1] - t < CHUNK ? at[n + 1] - t : CHUNK;
-          w.backward(b, t, g, c, fresh && m == 0, w.ST + m * whole);
+          const int64_t t = at[n] + m * CHUNK;
+          w.backward({b, t, g, within(at[n + 1] - t), fresh && m == 0}, w.ST + m * whole);
         }
       }
       transpose(w.V, w.K, w.dS, w.KP, a.d_state + task * size, w.V);
