@@ -75,6 +75,13 @@ def test_nothing_but_zeros():
     assert (scales > 0).all()
 
 
+def test_scales_that_are_hardly_numbers():
+    """In float16 they have a single digit here: the largest weights are cut off, and none changes its sign."""
+    weight = torch.tensor([[1e-5, -1e-5, 3e-6, 0.0]], dtype=torch.float16)
+    whole, _ = quantised(weight, 4)
+    assert whole[0, 0] == 127 and whole[0, 1] == -127 and 0 < whole[0, 2] < 127
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers(bad):
     weight = torch.zeros(3, 8)
@@ -186,6 +193,13 @@ def test_to_disk_and_back(name, dtype, tmp_path):
     assert back.lm_head.weight.dtype == dtype
     out = [m.generate(x, max_new_tokens=6, do_sample=False, num_beams=2) for m in (ours, back)]
     assert torch.equal(*out)
+
+
+def test_a_config_builds_room_for_a_state():
+    ours, x = quantise(model("qwen3_next_nano")), ids(1, 5)
+    empty = SeqZooForCausalLM(ours.config).eval()
+    empty.load_state_dict(ours.state_dict())
+    assert torch.equal(empty(x).logits, ours(x).logits)
 
 
 def test_the_file_is_a_quarter():
