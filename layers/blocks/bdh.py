@@ -15,6 +15,7 @@ Source: Kosowski et al. 2025, arXiv 2509.26507; the code released with it for wh
 that the paper asks for in long contexts is `decay`: e^-decay is kept per token and head.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqzoo.kernels.strict_linear_attention import bdh_level
+from seqzoo.layers.registry import Spec
 from seqzoo.layers.rope import pair_turns
 from seqzoo.layers.span import Span
 
@@ -84,6 +86,28 @@ class BDH(nn.Module):
     def reset_parameters(self, std: float = 0.02) -> None:
         for weight in (self.encoder, self.encoder_v, self.decoder):
             nn.init.normal_(weight, std=std)
+
+    @staticmethod
+    def joined_spec(specs: Sequence[Spec]) -> Spec:
+        """Of a block that has the neurons of all of these, head by head, each with the frequencies it had.
+
+        Raises:
+            ValueError: options other than neurons and ladders differ, or ladders are not of one length.
+        """
+        first, own = specs[0], ("neurons", "ladders")
+        for spec in specs[1:]:
+            differ = sorted(name for name in first if name not in own and spec.get(name) != first[name])
+            if differ:
+                raise ValueError(f"bdh: expected blocks alike but for their neurons, got other {differ}")
+            if spec["neurons"] * first["ladders"] != first["neurons"] * spec["ladders"]:
+                raise ValueError("bdh: expected ladders of one length, got neurons / ladders that differ")
+        return first | {name: sum(spec[name] for spec in specs) for name in own}
+
+    @staticmethod
+    def joined(blocks: Sequence["BDH"]) -> dict[str, Tensor]:
+        """The parameters of that block, by name."""
+        names = [name for name, _ in blocks[0].named_parameters()]
+        return {name: torch.cat([getattr(block, name).detach() for block in blocks], dim=1) for name in names}
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> BDHState:
         memory = tuple(torch.zeros(batch, self.H, self.N, self.D, device=device) for _ in range(self.levels))
