@@ -102,8 +102,10 @@ def upcycle(
         The new model, of the same dtype and on the same device. Its routers are drawn at random.
 
     Raises:
-        ValueError: a block without a gated MLP, a name that is taken, or widths that do not fit.
+        ValueError: a block without a gated MLP, a name that is taken, widths that do not fit, or weights of int8.
     """
+    if model.config.quantisation is not None:
+        raise ValueError(f"upcycle: expected a model with float weights, got {model.config.quantisation}")
     dense = [i for i, block in enumerate(model.stack.blocks) if isinstance(getattr(block, "channel", None), SwiGLU)]
     chosen = dense if blocks is None else sorted(blocks)
     if not chosen or not set(chosen) <= set(dense):

@@ -22,6 +22,7 @@ from seqzoo.models import SeqZooConfig, SeqZooForCausalLM
 from seqzoo.models.cost import cost
 from seqzoo.models.quantise import quantise
 from seqzoo.models.spiking import spike_report
+from seqzoo.models.upcycle import upcycle
 from seqzoo.train import model_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -271,6 +272,9 @@ def test_refusals(tmp_path):
         SeqZooConfig(quantisation=dict(kind="gptq"))
     with pytest.raises(ValueError, match="quantisation: head: expected false where the head is the embedding"):
         quantise(model("transformer", "+model.tie_word_embeddings=true"), head=True)
+    moe = dict(kind="moe", num_experts=2, num_experts_per_token=1, expert_width=8)
+    with pytest.raises(ValueError, match="upcycle: expected a model with float weights"):
+        upcycle(ours, moe)
     odd = model("transformer")
     odd.stack.blocks[0].mixer.own = torch.nn.Parameter(torch.zeros(3, 4))
     with pytest.raises(ValueError, match="quantisation: stack.blocks.0.mixer.own: expected a linear layer"):
