@@ -27,6 +27,7 @@ extern "C" struct Call {  // as in cpp.py
 namespace {
 
 constexpr long STEP = 64;  // channels read at a time; a group of counts is filled up to that with zeros
+constexpr int USUAL = 128;  // channels of a group that the compiler is to know
 constexpr long NEAR = 128 << 10;  // bytes of weights that stay close while rows pass by
 constexpr long AHEAD = 12288;  // bytes of weights from what is read to what is asked for
 constexpr long SHARE = 1 << 18;  // products for which waking a thread pays
@@ -125,14 +126,14 @@ template <int M, int J> inline __attribute__((always_inline)) void step(__m512i 
   }
 }
 
-template <typename T, int M, int J> void tile(const Call& a, const Counts& c, long i0, long o0) {
+template <typename T, int M, int J, int K> void tile_of(const Call& a, const Counts& c, long i0, long o0) {  // K: of a group, or 0
   const long s_row = c.groups * c.wide;
   const int8_t *w = a.weight + o0 * a.in, *s = &c.near[i0 * s_row];
   const int32_t* begin = &c.begin[i0 * c.groups];
   const float* scales = a.scales + o0 * c.groups;
   Vec sums[M][J] = {};
   for (long g = 0; g < c.groups; g++) {
-    const long n = std::min<long>(a.group, a.in - g * a.group);
+    const long n = K ? K : std::min<long>(a.group, a.in - g * a.group);
     const Place p{w + g * a.group, s + g * c.wide, a.in, s_row};
     __m512i dots[M][J];
     for (int m = 0; m < M; m++)
@@ -145,6 +146,10 @@ template <typename T, int M, int J> void tile(const Call& a, const Counts& c, lo
   }
   for (int m = 0; m < M; m++)
     for (int j = 0; j < J; j++) finish<T>(a, c, i0 + m, o0 + j, add_up(sums[m][j]));
+}
+
+template <typename T, int M, int J> void tile(const Call& a, const Counts& c, long i, long o) {
+  a.group == USUAL && a.in % USUAL == 0 ? tile_of<T, M, J, USUAL>(a, c, i, o) : tile_of<T, M, J, 0>(a, c, i, o);
 }
 #else
 inline int dot(const int8_t* w, const int8_t* s, long n) {  // compilers know this one
@@ -176,7 +181,7 @@ template <typename T> void channels(const Call& a, const Counts& c, long from, l
   for (; from < to; from += some) {
     const long end = std::min(to, from + some);
     long i = 0;
-    for (; i + 4 <= a.rows; i += 4) rows_of<T, 4, 2>(a, c, i, from, end);
+    for (; i + 4 <= a.rows; i += 4) rows_of<T, 4, 3>(a, c, i, from, end);
     for (; i < a.rows; i++) rows_of<T, 1, 4>(a, c, i, from, end);
   }
 }
