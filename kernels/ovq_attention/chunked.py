@@ -194,9 +194,8 @@ class _Write(torch.autograd.Function):
     @staticmethod
     def forward(ctx, memory, chunk, slot, keep, move):
         M = memory.shape[2]
-        new = memory.new_empty(*keep.shape[:3], memory.shape[-1])
-        torch.mul(memory, keep[:, :, :M], out=new[:, :, :M])
-        new[:, :, M:] = 0.0
+        new = memory * keep[:, :, :M]
+        new = F.pad(new, (0, 0, 0, keep.shape[2] - M)) if keep.shape[2] > M else new
         new.view(-1, new.shape[-1]).index_add_(0, slot, (chunk * move).flatten(0, 2))
         ctx.save_for_backward(slot, keep[:, :, :M], move)
         return new

@@ -107,13 +107,9 @@ def _call(q: Tensor, kv: Tensor, table: Tensor, sizes: list[int]) -> Call:
 def _with_state(q, kv, table, found, rule, state, everywhere: bool) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """o, and memory and counts after; the very ones that came where nothing is merged into them or begun."""
     past = [x.float().contiguous() for x in state[:2]]
-    same = not any(d.writes or d.end < q.shape[1] or d.begin for d in found) and all(d.merged for d in found)
+    same = all(d.merged and not d.writes for d in found)
     after = past if same else [x.clone() for x in past]
-    o = (
-        q.new_empty(*q.shape[:3], kv.shape[3] - q.shape[3])
-        if everywhere
-        else q.new_zeros(*q.shape[:3], kv.shape[3] - q.shape[3])
-    )
+    o = (q.new_empty if everywhere else q.new_zeros)(*q.shape[:3], kv.shape[3] - q.shape[3])
     call = _call(q, kv, table, _rule(rule))
     call.past, call.past_counts, call.memory, call.counts = (x.data_ptr() for x in (*past, *after))
     call.o = o.data_ptr()

@@ -119,9 +119,9 @@ def places(steps: Sequence[Sequence[tuple[int, int]]], tokens: int, H: int, devi
     """Of the pieces (first token, length) of each step, among the batch's `tokens`."""
     widths = [max(length for _, length in pieces) for pieces in steps]
     table = [(*piece, w) for pieces, w in zip(steps, widths, strict=True) for piece in pieces]
+    n, full = H * sum(w for _, _, w in table), sum(length for _, length, _ in table)
     begin, length, width = torch.tensor(table, dtype=torch.int64).view(-1, 3).unbind(1)
     size = width * H
-    n, full = int(size.sum()), int(length.sum())
     table = torch.stack([begin, length, width, size.cumsum(0) - size]).to(device)
     begin, length, width, first = table.repeat_interleave(size.to(device), dim=1, output_size=n)
     inside = torch.arange(n, device=device) - first

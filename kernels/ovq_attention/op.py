@@ -44,10 +44,15 @@ def ovq_attention(
     """
     _check(q, k, v, scale, rule, state, starts, valid)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, scale, *(state or ())))
-    able = lambda _: not torch.compiler.is_compiling() and cpp.takes(v, rule, learns, state) and cpp.usable()
-    name = choose(BACKENDS, tokens=2, device=q.device, able=able)  # one token too: the definition loops over heads
+    traced = torch.compiler.is_compiling()  # torch.compile, which needs a compiler itself
+    able = lambda _: cpp.takes(v, rule, learns, state) and (traced or cpp.usable())
+    run = BACKENDS[
+        choose(BACKENDS, tokens=2, device=q.device, able=able)
+    ]  # one token too: the definition loops over heads
+    if traced and (state, starts, valid) != (None, None, None):  # what is done depends on them: a break in the graph
+        run = torch.compiler.disable(run)
     with torch.autocast(v.device.type, enabled=False):  # a rounded key may end up in another slot
-        return BACKENDS[name](q, k, v, scale, rule, state, starts, valid)
+        return run(q, k, v, scale, rule, state, starts, valid)
 
 
 def _check(
