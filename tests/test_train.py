@@ -373,6 +373,7 @@ def test_experts_are_counted_over_the_whole_batch(tmp_path, monkeypatch):
         ("trainer.sample_tokens=20", ValueError, "=24 together with the prompt's 5, got 20"),
         ("trainer.wandb=true", ValueError, "trainer.wandb: expected the package wandb"),
         ("model.vocab_size=250", ValueError, "model.vocab_size: expected at least 257"),
+        ("+model.quantisation.k=3", ValueError, "model.quantisation: expected null for a new model"),
         ("data.folder=/nothing", ValueError, "data.folder: expected .py files"),
     ],
 )
