@@ -3,8 +3,8 @@
     python -m seqzoo.benchmarks.bench_ovq --cases prefill train decode --lengths 1024 4096 16384 --threads 1
 
 prefill: T tokens from nothing. train: the same, forward and backward. decode: one token after T. Both with the backend
-that runs by itself here. OVQ keeps `slots` means a head and looks at up to `chunk` tokens exactly, so from some length
-on it must win; `seconds` asks which. CPU seconds of the process are taken, not those on the wall: other work on the
+that runs by itself here. OVQ keeps `slots` means a head however many tokens came, so from some length on it must win;
+from which one is what this asks. CPU seconds of the process are taken, not those on the wall: other work on the
 machine adds little to them, but they hide what more threads win.
 """
 
