@@ -205,7 +205,7 @@ def mixer(**options):
     "options, message",
     [
         (dict(num_heads=3), "num_heads: expected a multiple of num_kv_heads=2, got 3"),
-        (dict(key_width=0), "key_width: expected 1 or more, got 0"),
+        (dict(key_width=0), "key_width: expected .*1 or more, got 0"),
         (dict(feature="tanh"), "feature: expected one of .*'relu'.* got tanh"),
         (dict(decay="fast"), "decay: expected one of .*'head'.* got fast"),
         (dict(decay="key", feature="relu"), "feature: expected sigmoid, .* got relu"),

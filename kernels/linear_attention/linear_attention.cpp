@@ -132,7 +132,7 @@ struct Work {
   int64_t at(const int64_t* step, int64_t b, int64_t t, int64_t h) const { return b * step[0] + t * step[1] + h * step[2]; }
   int64_t token(const Chunk& n, int i) const { return (n.b * a.T + n.t + i) * a.G + n.g; }
 
-  // Keys, values and decays. What g says at a document's start has no meaning.
+  // Keys, values and decays. That of a document's first token is there, but finds nothing to fade.
   void get_keys(const Chunk& n) {
     for (int i = 0; i < n.c; i++) {
       get_row(k + i * KP, a.k, at(a.k_step, n.b, n.t + i, n.g), K, KP);
@@ -141,7 +141,7 @@ struct Work {
       float* to = decay + i * KP;
       const float* from = a.g + token(n, i) * a.decays;
       for (int x = 0; x < KP; x++) to[x] = x < K ? from[a.decays == K ? x : 0] : 0.0f;
-      for (int x = 0; x < KP; x += LANES) store(to + x, n.fresh && i == 0 ? broadcast(1.0f) : exp(load(to + x)));
+      for (int x = 0; x < KP; x += LANES) store(to + x, exp(load(to + x)));
     }
     memset(v + n.c * VP, 0, (CHUNK - n.c) * VP * sizeof(float));
   }
