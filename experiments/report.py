@@ -1,6 +1,6 @@
 """What an experiment leaves: NAME.json, its cells; NAME.md, a table; NAME.png, a picture."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,17 @@ def spread(values: list[float], digits: int = 1, scale: float = 100.0) -> str:
     values = [scale * value for value in values]
     mean = f"{sum(values) / len(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def compare(at: dict[str, list[float]], claims: Iterable[tuple[str, str]]) -> list[tuple]:
+    """Table of the claims [better, worse] whose models are there, seed by seed; `at`: each model's accuracies."""
+    rows = [("expected", "difference", "holds at")]
+    for better, worse in claims:
+        if better in at and worse in at:
+            gaps = [a - b for a, b in zip(at[better], at[worse], strict=True)]
+            held = f"{sum(gap > 0 for gap in gaps)} of {len(gaps)} seeds"
+            rows.append((f"{better} > {worse}", spread(gaps), held))
+    return rows
 
 
 def mean(values: list[float]) -> float:

@@ -55,18 +55,21 @@ def stream(batch: int, pairs: int, vocab: int, *, generator: Generator) -> tuple
     return ids, targets, age
 
 
-def repeat(batch: int, length: int, vocab: int, *, generator: Generator) -> tuple[Tensor, Tensor]:
+def repeat(batch: int, length: int, vocab: int, *, spacing: int = 1, generator: Generator) -> tuple[Tensor, Tensor]:
     """Induction: different tokens in random order, and then the same again; asked is every one but the first of them.
+
+    With a spacing of s, s - 1 times token 0 stands between each two of them, so that a token's neighbour says nothing.
 
     Raises:
         ValueError: more places than tokens.
     """
-    if length > vocab:
-        raise ValueError(f"repeat: length: expected at most vocab={vocab}, got {length}")
-    once = torch.rand(batch, vocab, generator=generator).argsort(1)[:, :length]
-    ids = torch.cat([once, once[:, :-1]], 1)
+    if length > vocab - 1:
+        raise ValueError(f"length: expected at most vocab - 1 = {vocab - 1}, got {length}")
+    once = 1 + torch.rand(batch, vocab - 1, generator=generator).argsort(1)[:, :length]
+    ids = torch.zeros(batch, spacing * (2 * length - 1), dtype=torch.int64)
     targets = torch.full_like(ids, NOTHING)
-    targets[:, length:] = once[:, 1:]
+    ids[:, ::spacing] = torch.cat([once, once[:, :-1]], 1)
+    targets[:, spacing * length :: spacing] = once[:, 1:]
     return ids, targets
 
 
