@@ -85,24 +85,27 @@ struct Chunk {
   bool fresh;  // the memory before it is empty
 };
 
+enum Task { STEPS, FORWARD, BACKWARD };
+
 // One task's buffers. Rows of K or V floats are padded with zeros to whole vectors, KP or VP.
 struct Work {
   const Call& a;
   const int K, V, KP, VP, R, READ;
   const bool fades;
   const NoDenormals none;
-  float *q, *k, *v, *S, *decay, *E, *W, *reads, *out;           // S follows v: [CHUNK + K, VP]
+  float *q, *k, *v, *S, *decay, *E, *W, *reads, *out;           // S [K, VP] follows v [CHUNK, VP]: one operand
   float *d_o, *vT, *d_scores, *dq, *dk, *dv, *dvT, *dS, *ST;    // of backward only
   float *keys, *d_log, *total, *left;
   VecInt lane;
 
-  Work(const Call& call, bool backward)
+  Work(const Call& call, Task task)
       : a(call), K(call.K), V(call.V), KP(padded(K)), VP(padded(V)), R(call.H / call.G), READ(CHUNK + KP), fades(call.decays) {
     struct Piece { float** at; int size; };
-    const int rows = CHUNK * R;
-    std::vector<Piece> pieces{{&q, rows * KP}, {&k, CHUNK * KP}, {&v, (CHUNK + K) * VP}, {&decay, CHUNK * KP}, {&E, KP}};
-    pieces.insert(pieces.end(), {{&W, K * CHUNK}, {&reads, rows * READ}, {&out, rows * VP}});
-    if (backward) {
+    const int tokens = task == STEPS ? 1 : CHUNK, rows = tokens * R;
+    std::vector<Piece> pieces{{&q, rows * KP}, {&k, tokens * KP}, {&v, tokens * VP}, {&S, task == FORWARD ? K * VP : 0}};
+    pieces.insert(pieces.end(), {{&decay, tokens * KP}, {&out, rows * VP}});
+    if (task != STEPS) pieces.insert(pieces.end(), {{&E, KP}, {&W, K * CHUNK}, {&reads, rows * READ}});
+    if (task == BACKWARD) {
       pieces.insert(pieces.end(), {{&d_o, rows * VP}, {&vT, V * CHUNK}, {&d_scores, rows * CHUNK}, {&dq, rows * KP}});
       pieces.insert(pieces.end(), {{&dk, CHUNK * KP}, {&dv, CHUNK * VP}, {&dvT, V * CHUNK}, {&dS, V * KP}});
       pieces.insert(pieces.end(), {{&ST, SEGMENT / CHUNK * V * KP}, {&keys, CHUNK * KP}, {&d_log, CHUNK * KP}});
@@ -115,8 +118,7 @@ struct Work {
     float* next = memory.data();
     while ((uintptr_t)next % sizeof(Vec)) next++;
     for (const Piece& p : pieces) *p.at = next, next += padded(p.size);
-    S = v + CHUNK * VP;
-    for (int i = 0; i < CHUNK * KP; i++) decay[i] = 1;
+    for (int i = 0; i < tokens * KP; i++) decay[i] = 1;
     for (int i = 0; i < LANES; i++) lane[i] = i;
   }
 
@@ -143,7 +145,6 @@ struct Work {
       for (int x = 0; x < KP; x++) to[x] = x < K ? from[a.decays == K ? x : 0] : 0.0f;
       for (int x = 0; x < KP; x += LANES) store(to + x, exp(load(to + x)));
     }
-    memset(v + n.c * VP, 0, (CHUNK - n.c) * VP * sizeof(float));
   }
 
   void get_queries(const Chunk& n) {
@@ -187,6 +188,7 @@ struct Work {
   // o of a chunk; S becomes the memory after it.
   void forward(const Chunk& n) {
     get_keys(n);
+    memset(v + n.c * VP, 0, (CHUNK - n.c) * VP * sizeof(float));
     get_queries(n);
     ask(n);
     gemm(n.c * R, VP, n.fresh ? CHUNK : CHUNK + K, reads, READ, 1, v, VP, out, VP);
@@ -227,8 +229,8 @@ struct Work {
   }
 
   void of_scores(int c) {
-    transpose(CHUNK, V, v, VP, vT, CHUNK);
-    gemm(c * R, CHUNK, V, d_o, VP, 1, vT, CHUNK, d_scores, CHUNK);
+    transpose(c, V, v, VP, vT, CHUNK);
+    gemm(c * R, padded(c), V, d_o, VP, 1, vT, CHUNK, d_scores, CHUNK);
     for (int i = 0; i < c; i++)
       for (int r = i * R; r < i * R + R; r++)
         for (int j = i + 1; j < CHUNK; j++) d_scores[r * CHUNK + j] = 0;
@@ -328,7 +330,7 @@ void linear_attention_forward(const Call* call) {
   const Cuts cuts(a);
 #pragma omp parallel num_threads(a.threads)
   {
-    Work w(a, false);
+    Work w(a, FORWARD);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < a.B * a.G; task++) {
       const int64_t b = task / a.G, g = task % a.G, size = a.K * a.V;
@@ -351,7 +353,7 @@ void linear_attention_backward(const Call* call) {
   const Cuts cuts(a);
 #pragma omp parallel num_threads(a.threads)
   {
-    Work w(a, true);
+    Work w(a, BACKWARD);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < a.B * a.G; task++) {
       const int64_t b = task / a.G, g = task % a.G, size = a.K * a.V, whole = (int64_t)w.V * w.KP;
@@ -381,7 +383,7 @@ void linear_attention_steps(const Call* call) {
   const bool shared = a.threads > 1 && tasks * a.T * a.K * a.V > SHARE_FROM;
 #pragma omp parallel num_threads(a.threads) if (shared)
   {
-    Work w(a, false);
+    Work w(a, STEPS);
 #pragma omp for
     for (int64_t task = 0; task < tasks; task++) w.step(task / a.G, task % a.G);
   }
