@@ -221,6 +221,13 @@ def test_mixed_dtypes(backend):
         assert_near(ours, values_and_grads(backends["reference"], as_dtype(tensors, torch.float64), rest), 2e-2)
 
 
+def test_a_gate_or_weight_in_fp16_beside_wider_rows():
+    """What the C++ does not take, torch runs."""
+    x, gate, weight = torch.randn(4, 48), torch.randn(4, 48).half(), torch.randn(48).half()
+    assert_close(rms_norm(x, weight, 1e-3), RMS_NORM["reference"](x, weight, 1e-3, 0.0))
+    assert_close(gated_rms_norm(x, gate, weight, 1e-3), GATED_RMS_NORM["reference"](x, gate, weight, 1e-3))
+
+
 def inputs_of(qkv, ba, a_log, dt_bias, H, K):
     return delta_inputs(qkv, ba, a_log, dt_bias, num_key_heads=H, key_width=K)
 

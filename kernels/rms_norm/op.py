@@ -41,7 +41,7 @@ def rms_norm(
         ValueError: shapes that do not agree, or a forced backend that cannot run this.
     """
     _check("rms_norm", x, weight)
-    return _run(BACKENDS, x, weight, eps, offset)
+    return _run(BACKENDS, (x, weight), eps, offset)
 
 
 def gated_rms_norm(
@@ -62,7 +62,7 @@ def gated_rms_norm(
     _check("gated_rms_norm", x, weight)
     if gate.shape != x.shape:
         raise ValueError(f"gated_rms_norm: gate: expected x's shape {tuple(x.shape)}, got {tuple(gate.shape)}")
-    return _run(GATED_BACKENDS, x, gate, weight, eps)
+    return _run(GATED_BACKENDS, (x, gate, weight), eps)
 
 
 def _check(op: str, x: Tensor, weight: Tensor) -> None:
@@ -72,6 +72,7 @@ def _check(op: str, x: Tensor, weight: Tensor) -> None:
         raise ValueError(f"{op}: weight: expected shape {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
 
 
-def _run(backends: dict[str, Callable], x: Tensor, *others) -> Tensor:
+def _run(backends: dict[str, Callable], tensors: tuple[Tensor, ...], *numbers: float) -> Tensor:
     rows = 2  # of no matter: for one row, too, torch's norm is faster than the definition
-    return backends[choose(backends, tokens=rows, device=x.device, able=lambda name: NATIVE.usable(x))](x, *others)
+    able = lambda name: all(map(NATIVE.usable, tensors))  # x may be fp32, and a gate or weight fp16
+    return backends[choose(backends, tokens=rows, device=tensors[0].device, able=able)](*tensors, *numbers)
