@@ -10,6 +10,8 @@
     decay     g, natural log                                                 source
     none      0                                                              arXiv 2006.16236
     fixed     ln(1 - 2^(-5 - head)), not learned                             RetNet, arXiv 2307.08621, eq. 8
+    lightning -(8 head / G) (1 - decay_depth), not learned                   TransNormerLLM, arXiv 2307.14995; Lightning
+                                                                             Attention-2, arXiv 2401.04658
     head      logsigmoid(w x + b) / decay_scale, per key head                arXiv 2103.02143, with the scale of GLA
     channel   logsigmoid(W_2 W_1 x + b) / decay_scale, per key channel       GLA, arXiv 2312.06635, sec. 4.4
     key       ln(1 - k), per key channel; k a sigmoid                        HGRN2, arXiv 2404.07904, no lower bound
@@ -42,7 +44,7 @@ FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": lambda x: F.elu(x) + 1.0,  # arXiv 2006.16236, eq. 7
     "softmax": lambda x: x.softmax(-1),
 }
-DECAYS = ("none", "fixed", "head", "channel", "key")
+DECAYS = ("none", "fixed", "lightning", "head", "channel", "key")
 LEAST = 1e-6  # of a denominator; under it there is hardly anything to divide
 
 
@@ -58,7 +60,8 @@ class LinearAttention(nn.Module):
     key_width, value_width: channels per head.
     feature: of q and k after projection and convolution: identity, relu, sigmoid, elu (elu + 1), or softmax over a
         head's channels.
-    decay: none, fixed, head, channel or key, as above.
+    decay: none, fixed, lightning, head, channel or key, as above; heads, of keys, are counted from 0.
+    decay_depth: of "lightning", where in the model the layer stands, 0 the lowest, 1 the end: l / L there.
     decay_rank: width between the two matrices of decay="channel".
     decay_scale: what the log decays of "head" and "channel" are divided by; the larger, the longer the memory.
     normalise: divide by the sum of the weights, as softmax attention does.
@@ -85,6 +88,7 @@ class LinearAttention(nn.Module):
         decay: str = "none",
         decay_rank: int = 16,
         decay_scale: float = 16.0,
+        decay_depth: float = 0.0,
         normalise: bool = False,
         rotary_width: int = 0,
         rope_theta: float = 10_000.0,
@@ -97,20 +101,23 @@ class LinearAttention(nn.Module):
         super().__init__()
         sizes = dict(num_heads=num_heads, num_kv_heads=num_kv_heads, key_width=key_width, value_width=value_width)
         for name, size in (sizes | dict(decay_rank=decay_rank)).items():
-            _expect(size >= 1, name, "1 or more", size)
+            _expect(isinstance(size, int) and size >= 1, name, "a whole number, 1 or more", size)
         _expect(num_heads % num_kv_heads == 0, "num_heads", f"a multiple of num_kv_heads={num_kv_heads}", num_heads)
         _expect(feature in FEATURES, "feature", f"one of {list(FEATURES)}", feature)
         _expect(decay in DECAYS, "decay", f"one of {list(DECAYS)}", decay)
         _expect(decay != "key" or feature == "sigmoid", "feature", "sigmoid, for decay=key is ln(1 - k)", feature)
         _expect(decay_scale > 0, "decay_scale", "more than 0, or memories grow", decay_scale)
+        _expect(0 <= decay_depth <= 1, "decay_depth", "0 to 1", decay_depth)
+        _expect(rope_theta > 0, "rope_theta", "more than 0", rope_theta)
         even = rotary_width % 2 == 0 and 0 <= rotary_width <= key_width
         _expect(even, "rotary_width", f"an even number from 0 to key_width={key_width}", rotary_width)
-        _expect(conv_width >= 0, "conv_width", "0 (none) or more", conv_width)
+        _expect(isinstance(conv_width, int) and conv_width >= 0, "conv_width", "0 (none) or more", conv_width)
         positive = feature != "identity" and not rotary_width
         asked = f"feature={feature}, rotary_width={rotary_width}"
         _expect(not normalise or positive, "normalise", "False, or features that are >= 0 and not turned", asked)
         self.H, self.G, self.K, self.V = num_heads, num_kv_heads, key_width, value_width
-        self.feature, self.decay, self.decay_scale, self.normalise = feature, decay, decay_scale, normalise
+        self.feature, self.decay, self.normalise = feature, decay, normalise
+        self.decay_scale, self.decay_depth = decay_scale, decay_depth
         self.rotary_width, self.theta = rotary_width, rope_theta
         self.sizes = [num_heads * key_width, num_kv_heads * key_width, num_kv_heads * value_width]
         self.q_proj, self.k_proj, self.v_proj = (Linear(hidden_size, size, bias=bias) for size in self.sizes)
@@ -166,6 +173,8 @@ class LinearAttention(nn.Module):
         if self.rotary_width:
             turn = turns(span.positions, self.rotary_width, self.theta, x.dtype)
             q, k = rotate(q, *turn), rotate(k, *turn)
+        if self.normalise or v.dtype == torch.float16:  # sums over all tokens: beyond fp16's range, and so is d(1 / z)
+            v = wide(v)
         if self.normalise:
             v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], dim=-1)
         if span.valid is not None:  # nothing is written by v = 0, so that decays of padding do not matter either
@@ -173,7 +182,7 @@ class LinearAttention(nn.Module):
         o, memory = linear_attention(q * self.K**-0.5, k, v, g, state=memory, starts=span.starts)
         if self.normalise:
             o = o[..., :-1] / o[..., -1:].clamp(min=LEAST)
-        y = self.out_proj(self._output(o.to(x.dtype), x).flatten(-2))
+        y = self.out_proj(self._output(o, x).to(x.dtype).flatten(-2))
         return y, None if state is None else LinearAttentionState(past, memory, seen + x.shape[1])
 
     def _projected(self, x: Tensor, span: Span, past: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -191,9 +200,11 @@ class LinearAttention(nn.Module):
         """None, [B, T, G] or [B, T, G, K]; k before its feature."""
         if self.decay == "none":
             return None
-        if self.decay == "fixed":
-            gamma = torch.arange(self.G, device=x.device, dtype=torch.float32)
-            return torch.log1p(-torch.exp2(-5.0 - gamma)).expand(*x.shape[:2], -1)
+        if self.decay in ("fixed", "lightning"):
+            head = torch.arange(self.G, device=x.device, dtype=torch.float32)
+            g = torch.log1p(-torch.exp2(-5.0 - head))
+            g = g if self.decay == "fixed" else head * (-8.0 / self.G * (1.0 - self.decay_depth))
+            return g.expand(*x.shape[:2], -1)
         if self.decay == "key":
             return F.logsigmoid(-wide(k))
         if self.decay == "head":
