@@ -1,5 +1,7 @@
 """Mixers beside each other: how they are mixed, and dropped. The laws of a mixer are in test_mixers.py."""
 
+import subprocess
+import sys
 from copy import deepcopy
 
 import pytest
@@ -138,6 +140,31 @@ def test_states_nest_and_are_copied():
     assert_close(y, whole.flip(0)[:, 4:])
 
 
+TRACED = """
+import torch
+from seqzoo.layers import Parallel
+
+torch.manual_seed(0)
+window = dict(kind="attention", num_heads=2, num_kv_heads=1, head_width=8, window=16)
+linear = dict(kind="linear_attention", num_heads=2, num_kv_heads=1, key_width=8, value_width=8)
+part, x = Parallel(16, branches=dict(window=window, linear=linear)), torch.randn(2, 40, 16)
+run = lambda x: part(x)[0]
+for learns in (False, True):
+    x.requires_grad_(learns)
+    with torch.set_grad_enabled(learns):
+        traced = torch.compile(run, backend="aot_eager", fullgraph=True)(x)  # first: nothing native is there yet
+        torch.testing.assert_close(traced, run(x))
+(ours,), (plain,) = torch.autograd.grad(traced.square().sum(), x), torch.autograd.grad(run(x).square().sum(), x)
+torch.testing.assert_close(ours, plain)
+"""
+
+
+def test_compiles():
+    """Traced into one graph by a process that has run nothing before."""
+    done = subprocess.run([sys.executable, "-c", TRACED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_costs_add_up():
     part = parallel()
     for count in (lambda m: m.state_bytes(100, torch.bfloat16), lambda m: m.flops(100)):
@@ -169,6 +196,11 @@ def test_yaml_composes_branches():
         (dict(norm="none"), "norm: expected one of .*, got 'none'"),
         (dict(branch_dropout={"other": 0.5}), "branch_dropout: expected names of .*, got 'other'"),
         (dict(branch_dropout={"full": 1.0}), "branch_dropout: full: expected 0 to less than 1, got 1.0"),
+        (dict(branch_dropout={"full": "0.5"}), "branch_dropout: full: expected 0 to less than 1, got '0.5'"),
+        (dict(branch_dropout=0.5), "branch_dropout: expected a probability by branch, got 0.5"),
+        (dict(branches={"a.b": FULL}), "branches: expected names that modules can have, got 'a.b'"),
+        (dict(branches={"keys": FULL}), "branches: expected names that modules can have, got 'keys'"),
+        (dict(branches={3: FULL}), "branches: expected names that modules can have, got 3"),
     ],
     ids=str,
 )

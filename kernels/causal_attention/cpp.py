@@ -29,8 +29,13 @@ class Call(ctypes.Structure):
 
 
 def usable(q: Tensor) -> bool:
-    """Whether this backend takes q: its device and dtype, and a compiler that works; logs once where that lacks."""
-    return q.device.type == "cpu" and q.dtype in SUFFIX and build.usable(NAME, SOURCE)
+    """Whether this backend takes q: its device and dtype, and a compiler that works; logs once where that lacks.
+
+    torch.compile needs a compiler itself, and cannot trace the search for one.
+    """
+    return (
+        q.device.type == "cpu" and q.dtype in SUFFIX and (torch.compiler.is_compiling() or build.usable(NAME, SOURCE))
+    )
 
 
 @cache
