@@ -215,9 +215,23 @@ def test_bias_is_in_the_checkpoint_only_where_it_moves():
 @pytest.mark.parametrize(
     "wrong",
     [dict(num_experts_per_token=7), dict(num_experts_per_token=0), dict(shared_width=-1), dict(bias_update_rate=-0.1),
-     dict(router_score="tanh")],
+     dict(router_score="tanh"), dict(expert_width=0), dict(expert_width=1.5)],
     ids=str,
 )  # fmt: skip
 def test_errors_name_the_argument(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected .* got {next(iter(wrong.values()))!r}"):
         channel("moe", **wrong)
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(), dict(renormalise=True), dict(renormalise=True, bias_update_rate=0.1)], ids=str
+)
+def test_scores_of_nothing_are_no_nan(changes):
+    """Sigmoids that are all 0 in fp32: no expert is there, and nothing is divided by 0."""
+    part = channel("moe-sigmoid", dtype=torch.float, **changes)
+    torch.nn.init.constant_(part.router.weight, -10.0)
+    x = tokens(dtype=torch.float).abs().requires_grad_()
+    y, stats = part(x)
+    (y.square().sum() + part.loss(stats)).backward()
+    assert_close(y, part.shared(x))
+    assert all(p.grad is None or p.grad.isfinite().all() for p in (x, *part.parameters()))

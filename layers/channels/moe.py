@@ -21,6 +21,8 @@ from seqzoo.layers.precision import wide
 from seqzoo.layers.span import Span
 from seqzoo.layers.spike_linear import W8ASpikeExperts
 
+LEAST = 1e-20  # of a sum of scores that is divided by: sigmoids can all be 0 in fp32
+
 
 class MoE(nn.Module):
     """
@@ -60,10 +62,12 @@ class MoE(nn.Module):
             raise ValueError(
                 f"num_experts_per_token: expected 1 to num_experts={num_experts}, got {num_experts_per_token}"
             )
+        if not isinstance(expert_width, int) or expert_width < 1:
+            raise ValueError(f"expert_width: expected a whole number, at least 1, got {expert_width!r}")
         for name, value in dict(
             shared_width=shared_width, balance_coefficient=balance_coefficient, bias_update_rate=bias_update_rate
         ).items():
-            if value < 0:
+            if not value >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {value}")
         if router_score not in ("softmax", "sigmoid"):
             raise ValueError(f"router_score: expected softmax or sigmoid, got {router_score!r}")
@@ -113,8 +117,10 @@ class MoE(nn.Module):
             chosen = (score + self.expert_bias).topk(self.k, dim=-1).indices
             weight = score.gather(-1, chosen)
         if self.renormalise:
-            weight = weight / weight.sum(dim=-1, keepdim=True)
-        probability = score if self.router_score == "softmax" else score / score.sum(dim=-1, keepdim=True)
+            weight = weight / weight.sum(dim=-1, keepdim=True).clamp(min=LEAST)
+        probability = score
+        if self.router_score == "sigmoid":
+            probability = score / score.sum(dim=-1, keepdim=True).clamp(min=LEAST)
         return chosen, weight.to(logits.dtype), probability
 
     def _experts(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
