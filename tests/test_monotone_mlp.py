@@ -67,6 +67,17 @@ def test_relu_is_convex(weights):
     assert (middle <= ends + 1e-12).all()
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_weight_decay_makes_weights_smaller(weights):
+    """An optimizer's decay draws raw to 0, and with it most of all the weights, on the mean."""
+    part = channel(weights, "relu", width=200)
+    drawn = [m.mean() for m in part.matrices()]
+    with torch.no_grad():
+        for raw in (part.up_raw, part.down_raw):
+            raw.mul_(0.1)
+    assert all(m.mean() < 0.5 * before for m, before in zip(part.matrices(), drawn, strict=True))
+
+
 @every
 def test_the_scales_are_what_they_say(weights, activation):
     """f's moments, the activation's mean, and what follows: unit variance inside, a small output around zero."""
@@ -126,7 +137,9 @@ def test_in_a_model_where_the_pattern_says(weights):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (dict(width=0), "width: expected at least 1, got 0"),
+        (dict(width=0), "width: expected a whole number, at least 1, got 0"),
+        (dict(width=2.5), "width: expected a whole number, at least 1, got 2.5"),
+        (dict(weights=["square"]), "weights: expected one of .* got .'square'"),
         (dict(weights="abs"), r"weights: expected one of \['softplus', 'square'\], got 'abs'"),
         (dict(activation="gelu"), "activation: expected one of .* got 'gelu'"),
     ],

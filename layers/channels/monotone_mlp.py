@@ -1,6 +1,6 @@
 """Monotone MLP: what rises in its input falls nowhere in its output. a <= b, channel by channel, gives y(a) <= y(b).
 
-    z = U x + b_u             U = f(raw_u) / sqrt(D E f^2) >= 0       f = softplus or square
+    z = U x + b_u             U = f(raw_u) / sqrt(D E f^2) >= 0       f(raw) = softplus(raw - 2) or raw^2
     y = g (W (s(z) - c)) + b  W = f(raw_w) / (width E f) >= 0         s a monotone activation, g = exp(log_gain) > 0
 
 D model width; E f, E f^2 the mean and mean square of f at its draw; c = E s(z) for z ~ normal(0, 1).
@@ -28,8 +28,14 @@ from torch import Tensor, nn
 from seqzoo.kernels.linear import linear
 from seqzoo.layers.span import Span
 
+
+def shifted_softplus(raw: Tensor) -> Tensor:
+    """Weight decay, which draws raw to 0, makes weights smaller: f(0) is 0.36 E f. Unshifted, it would double them."""
+    return F.softplus(raw - 2.0)
+
+
 WEIGHTS = {  # name -> f, mean and standard deviation of the draw of raw, E f, E f^2
-    "softplus": (F.softplus, -2.0, 2.0, 0.35632, 0.44391),
+    "softplus": (shifted_softplus, 0.0, 2.0, 0.35632, 0.44391),
     "square": (torch.square, 0.0, 1.0, 1.0, 3.0),
 }
 ACTIVATIONS = {  # name -> s, its mean over normal(0, 1)
@@ -52,10 +58,10 @@ class MonotoneMLP(nn.Module):
 
     def __init__(self, hidden_size: int, *, width: int, weights: str = "softplus", activation: str = "relu") -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"monotone_mlp: width: expected at least 1, got {width}")
+        if not isinstance(width, int) or width < 1:
+            raise ValueError(f"monotone_mlp: width: expected a whole number, at least 1, got {width!r}")
         for name, value, known in (("weights", weights, WEIGHTS), ("activation", activation, ACTIVATIONS)):
-            if value not in known:
+            if value not in list(known):
                 raise ValueError(f"monotone_mlp: {name}: expected one of {sorted(known)}, got {value!r}")
         self.positive, *self.draw, mean, square = WEIGHTS[weights]
         self.activation, self.centre = ACTIVATIONS[activation]
