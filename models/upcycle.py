@@ -23,6 +23,7 @@ arXiv 2212.05055.
 """
 
 from collections.abc import Collection
+from copy import deepcopy
 
 import torch
 
@@ -107,7 +108,9 @@ def upcycle(
     if model.config.quantisation is not None:
         raise ValueError(f"upcycle: expected a model with float weights, got {model.config.quantisation}")
     dense = [i for i, block in enumerate(model.stack.blocks) if isinstance(getattr(block, "channel", None), SwiGLU)]
-    chosen = dense if blocks is None else sorted(blocks)
+    if blocks is not None and not isinstance(blocks, Collection):
+        raise ValueError(f"blocks: expected numbers of blocks, such as [0, 2], got {blocks!r}")
+    chosen = dense if blocks is None else sorted(set(blocks))
     if not chosen or not set(chosen) <= set(dense):
         raise ValueError(f"blocks: expected some of {dense}, which have a gated MLP, got {chosen}")
     new = SeqZooForCausalLM(_config(model, moe, chosen, name)).to(device=model.device, dtype=model.dtype)
@@ -117,12 +120,16 @@ def upcycle(
     assert all(key.startswith(replaced) for key in absent)
     for i in chosen:
         fill(new.stack.blocks[i].channel, model.stack.blocks[i].channel, scale=scale)
-    new.generation_config = model.generation_config
+    new.generation_config = deepcopy(model.generation_config)
     return new.train(model.training)
 
 
 def _config(model: SeqZooForCausalLM, moe: Spec, chosen: Collection[int], name: str) -> SeqZooConfig:
     ours = model.config.to_dict()
+    if not name or "/" in name:
+        raise ValueError(f"name: expected one without a slash, got {name!r}")
+    if isinstance(moe, dict) and moe.get("kind", "moe") != "moe":
+        raise ValueError(f"moe: expected kind moe, got {moe['kind']!r}")
     if name in ours["channels"]:
         raise ValueError(f"name: expected one that no channel has, got {name!r}; there are {sorted(ours['channels'])}")
     old = [ours["pattern"][i % len(ours["pattern"])] for i in range(len(model.stack.blocks))]

@@ -123,6 +123,12 @@ def test_a_tied_model_keeps_its_period():
     assert_close(new(ids).logits, model(ids).logits)
 
 
+def test_the_dense_model_keeps_its_own_generation_config():
+    old = dense()
+    upcycle(old, SPIKING).generation_config.max_new_tokens = 7
+    assert old.generation_config.max_new_tokens is None
+
+
 def test_a_new_model_is_saved_and_opened(tmp_path):
     new = upcycle(dense(), SPIKING)
     new.save_pretrained(tmp_path)
@@ -137,7 +143,10 @@ def test_a_new_model_is_saved_and_opened(tmp_path):
         (dict(blocks=[4]), r"blocks: expected some of \[0, 1, 2, 3\], .*got \[4\]"),
         (dict(blocks=[]), r"blocks: .*got \[\]"),
         (dict(scale="half"), "scale: expected one of .*, got 'half'"),
+        (dict(blocks=1), "blocks: expected numbers of blocks, .* got 1"),
         (dict(name="mlp"), "name: expected one that no channel has, got 'mlp'"),
+        (dict(name="full/moe"), "name: expected one without a slash, got 'full/moe'"),
+        (dict(moe=dict(kind="swiglu", width=20)), "moe: expected kind moe, got 'swiglu'"),
         (dict(moe={**SPIKING, "expert_width": 8}), "expert_width: expected the width of the MLP, 20, got 8"),
         (dict(moe={**SPIKING, "shared_width": 8}), "shared_width: expected the width of the MLP, 20, got 8"),
     ],
