@@ -231,7 +231,9 @@ def test_where_the_gates_begin(gates):
     [
         (dict(gates="sum"), "gates: expected one of .*'coupled'.* got 'sum'"),
         (dict(num_value_heads=3), "num_value_heads: expected a multiple of num_key_heads=2, got 3"),
-        (dict(key_width=0), "key_width: expected at least 1, got 0"),
+        (dict(key_width=0), "key_width: expected a whole number, at least 1, got 0"),
+        (dict(value_width=1.5), "value_width: expected a whole number, at least 1, got 1.5"),
+        (dict(num_value_heads="8"), "num_value_heads: expected a multiple of num_key_heads=2, got '8'"),
     ],
     ids=str,
 )

@@ -207,6 +207,9 @@ def test_what_was_made_here_goes_there(tmp_path):
         (dict(num_attention_heads=8), "num_attention_heads: expected heads of an even width"),
         (dict(num_hidden_layers=0), "num_hidden_layers: expected 1 or more, got 0"),
         (dict(num_key_value_heads=3), "num_kv_heads=3"),
+        (dict(num_key_value_heads="2"), "num_key_value_heads: expected 1 or more, or null, got '2'"),
+        (dict(norm_eps=None), "norm_eps: expected a number above 0, got None"),
+        (dict(rope_theta="x"), "rope_theta: expected a number above 0, got 'x'"),
     ],
     ids=str,
 )

@@ -71,12 +71,12 @@ class MomentumDeltaNet(nn.Module):
         super().__init__()
         sizes = dict(num_key_heads=num_key_heads, key_width=key_width, value_width=value_width, conv_width=conv_width)
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"momentum_deltanet: {name}: expected at least 1, got {size}")
-        if num_value_heads < 1 or num_value_heads % num_key_heads:
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"momentum_deltanet: {name}: expected a whole number, at least 1, got {size!r}")
+        if not isinstance(num_value_heads, int) or num_value_heads < 1 or num_value_heads % num_key_heads:
             raise ValueError(
                 f"momentum_deltanet: num_value_heads: expected a multiple of num_key_heads={num_key_heads}, "
-                f"got {num_value_heads}"
+                f"got {num_value_heads!r}"
             )
         if gates not in GATES:
             raise ValueError(f"momentum_deltanet: gates: expected one of {GATES}, got {gates!r}")

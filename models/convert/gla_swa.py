@@ -117,6 +117,12 @@ def _check(theirs: dict[str, Any]) -> None:
     ):
         if not isinstance(c[name], int) or c[name] < 1:
             raise ValueError(f"config.json: {name}: expected 1 or more, got {c[name]!r}")
+    groups = c["num_key_value_heads"]
+    if groups is not None and (not isinstance(groups, int) or groups < 1):
+        raise ValueError(f"config.json: num_key_value_heads: expected 1 or more, or null, got {groups!r}")
+    for name in ("norm_eps", "rope_theta"):
+        if not isinstance(c[name], int | float) or not c[name] > 0:
+            raise ValueError(f"config.json: {name}: expected a number above 0, got {c[name]!r}")
     if c["hidden_size"] % (2 * c["num_attention_heads"]):
         wanted = f"heads of an even width in hidden_size={c['hidden_size']}"
         raise ValueError(f"config.json: num_attention_heads: expected {wanted}, got {c['num_attention_heads']}")
