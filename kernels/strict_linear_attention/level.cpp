@@ -161,11 +161,10 @@ struct Head {
 struct BackwardHead : Head {
   Fade fade;
   Back memory;
-  std::vector<float> xs, S, rs, dx, z, du_T, d_normed, d_normedT;
-  std::vector<float> memories;
+  std::vector<float> xs, rs, dx, z, du_T, d_normed, d_normedT, memories;
 
   BackwardHead(const Call& a, int64_t head)
-      : Head(a), fade(a.decay ? a.decay[head] : 0), memory(a.D, fade), xs((long)SEGMENT * N * CHUNK), S((long)N * D), rs(N * CHUNK),
+      : Head(a), fade(a.decay ? a.decay[head] : 0), memory(a.D, fade), xs((long)SEGMENT * N * CHUNK), rs(N * CHUNK),
         dx(N * CHUNK), z(BLOCK * CHUNK), du_T(D * CHUNK), d_normed(D * CHUNK), d_normedT(D * CHUNK),
         memories((long)SEGMENT * N * D) {
     h = head;
@@ -173,11 +172,10 @@ struct BackwardHead : Head {
 
   // x and the memory at the start of each chunk of a segment again
   void again(const std::vector<int64_t>& at, size_t from, size_t to, const float* kept) {
-    if (!is_fresh(a, b, at[from])) memcpy(S.data(), kept, sizeof(float) * N * D);
+    if (!is_fresh(a, b, at[from])) memcpy(memories.data(), kept, sizeof(float) * N * D);
     for (size_t i = from; i < to; i++) {
       go_to(at[i], at[i + 1] - at[i]);
       const bool fresh = is_fresh(a, b, t);
-      if (!fresh) memcpy(&memories[(i - from) * N * D], S.data(), sizeof(float) * N * D);
       for (int k = 0; k < c; k++) scaled(D, v() + k * D, fade.power[c - k], normed.data() + k * D);
       for (int n0 = 0; n0 < N; n0 += BLOCK) {
         const int n = std::min(BLOCK, N - n0);
@@ -185,7 +183,10 @@ struct BackwardHead : Head {
         fire(n0, n, x);
         if (i + 1 == to) continue;
         turn<false>(n0, n, x, r.data());
-        write(n, c, D, fresh ? 0 : fade.power[c], r.data(), normed.data(), &S[(long)n0 * D]);
+        const float* S = &memories[((long)(i - from) * N + n0) * D];
+        float* next = &memories[((long)(i + 1 - from) * N + n0) * D];
+        if (!fresh) memcpy(next, S, sizeof(float) * n * D);
+        write(n, c, D, fresh ? 0 : fade.power[c], r.data(), normed.data(), next);
       }
     }
   }

@@ -12,7 +12,7 @@
 namespace seqzoo {
 
 constexpr int CHUNK = 64;    // tokens; whole vectors
-constexpr int BLOCK = 256;   // neurons in work at a time
+constexpr int BLOCK = 128;   // neurons in work at a time
 constexpr int STRIP = 16;    // rows of a triangle at a time; what lies right of them is skipped
 
 // The first tokens of a sequence's chunks, and T: a chunk never crosses the start of a document.
