@@ -2,7 +2,8 @@
 
 from importlib import import_module
 
-_HOME = {"SeqZooConfig": "config", "SeqZooForCausalLM": "causal_lm", "StateCache": "cache", "Stack": "stack"}
+_HOME = {"SeqZooConfig": "config", "SeqZooForCausalLM": "causal_lm", "StateCache": "cache", "Stack": "stack",
+         "merge_neurons": "merge"}  # fmt: skip
 __all__ = sorted(_HOME)
 
 
