@@ -182,6 +182,46 @@ def layer(D=32, **changes) -> MomentumDeltaNet:
     return build("mixers", dict(kind="momentum_deltanet") | sizes | changes, D)
 
 
+def by_hand(part, x, gates, ask_faded):
+    """x [T, D] -> y [T, D]: the layer's formulas as they are written, head by head and token by token."""
+    D, (H, HV, K, V), W = x.shape[1], (part.H, part.HV, part.K, part.V), part.conv.width
+    padded = torch.cat([x.new_zeros(W - 1, D), x]) @ part.qkv_proj.weight.T
+    qkv = F.silu(sum(part.conv.weight[:, w] * padded[w : w + len(x)] for w in range(W)))
+    q, k, v = qkv.split(part.sizes, dim=-1)
+    unit = lambda y: y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    q, k, v = unit(q.unflatten(-1, (H, K))) / K**0.5, unit(k.unflatten(-1, (H, K))), v.unflatten(-1, (HV, V))
+    b, a, m, e = (x @ part.bame_proj.weight.T).chunk(4, dim=-1)
+    alpha = (-part.a_log.exp() * F.softplus(a + part.dt_bias)).exp()
+    mu = (-part.mu_log.exp() * F.softplus(m + part.mu_bias)).exp()
+    if gates == "mean":
+        beta, eta = b.sigmoid(), (1 - mu) * e.sigmoid()
+    else:
+        eta = 1 + (e / D**0.5).tanh()
+        r = eta * part.ratio_log.exp()
+        beta, alpha = r**2 / (1 + r**2) * b.sigmoid(), alpha / (1 + r**2)
+    z, out = F.silu(x @ part.gate_proj.weight.T).unflatten(-1, (HV, V)), torch.empty(len(x), HV, V).to(x)
+    for h in range(HV):
+        S, M = torch.zeros(2, K, V).to(x)
+        for t in range(len(x)):
+            key = k[t, h // (HV // H)]
+            asked = alpha[t, h] * key if ask_faded else key
+            M = mu[t, h] * M - torch.outer(eta[t, h] * key, v[t, h] - asked @ S)
+            S = alpha[t, h] * S - beta[t, h] * M
+            o = q[t, h // (HV // H)] @ S
+            out[t, h] = part.norm.weight * o / (o.square().mean() + part.norm.eps).sqrt() * z[t, h]
+    return out.flatten(1) @ part.out_proj.weight.T
+
+
+@pytest.mark.parametrize("gates", ["mean", "coupled"])
+@pytest.mark.parametrize("ask_faded", [True, False])
+def test_the_layer_is_its_formulas(gates, ask_faded):
+    part, x = layer(D=9, gates=gates, ask_faded=ask_faded).double(), torch.randn(1, 8, 9, dtype=torch.double)
+    for p in part.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    with torch.no_grad():
+        assert_close(part(x)[0][0], by_hand(part, x[0], gates, ask_faded), atol=1e-8, rtol=1e-8)
+
+
 @pytest.mark.parametrize("gates", ["mean", "coupled"])
 @pytest.mark.parametrize("ask_faded", [True, False])
 def test_the_memory_stays_bounded(gates, ask_faded):

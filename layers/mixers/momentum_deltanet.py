@@ -17,7 +17,8 @@ log mu (the op here is exact without one), its draws of a, mu and r (see `reset_
 
 "mean" is ours: what is gathered is a mean of errors, so that a slower mu alone makes no larger steps, and mu = 0 is
 Gated DeltaNet with the step beta eta. Without the 1 - mu the memory diverges: with eta = beta = 1/2 and alpha = 0.97,
-by 18 orders of magnitude in 4096 tokens where errors are gathered with a half-life of 16 tokens.
+by 17 orders of magnitude in 4096 tokens of 32 key channels (1 of 128) where errors are gathered with a half-life of
+16 tokens.
 """
 
 import math
