@@ -49,6 +49,8 @@ class BDH(nn.Module):
         ValueError: sizes that do not fit each other, an unknown residual, numbers out of range.
     """
 
+    by_level = True  # how many neurons are active differs from level to level, the lowest is dense
+
     def __init__(
         self,
         hidden_size: int,
