@@ -76,9 +76,11 @@ def cell(*, task: dict, seed: int, training: dict, model: dict, logits_times: fl
 
     def sequences(rows: int, generator: Generator) -> tuple:
         if task["kind"] == "induction":
-            return tasks.repeat(rows, task["length"], model["vocab_size"], spacing=spacing, generator=generator)
-        pairs = task["pairs"]
-        return tasks.recall(rows, pairs, 4 * pairs, model["vocab_size"], power=1.0, generator=generator)
+            drawn = tasks.repeat(rows, task["length"], model["vocab_size"], generator=generator)
+        else:
+            n = task["pairs"]
+            drawn = tasks.recall(rows, n, 4 * n, model["vocab_size"], power=1.0, generator=generator)
+        return tasks.apart(*drawn, spacing)
 
     return learn(
         probe, lambda step: sequences(task["rows"], generator), [sequences(task["test_rows"], unseen)], **training

@@ -55,10 +55,8 @@ def stream(batch: int, pairs: int, vocab: int, *, generator: Generator) -> tuple
     return ids, targets, age
 
 
-def repeat(batch: int, length: int, vocab: int, *, spacing: int = 1, generator: Generator) -> tuple[Tensor, Tensor]:
+def repeat(batch: int, length: int, vocab: int, *, generator: Generator) -> tuple[Tensor, Tensor]:
     """Induction: different tokens in random order, and then the same again; asked is every one but the first of them.
-
-    With a spacing of s, s - 1 times token 0 stands between each two of them, so that a token's neighbour says nothing.
 
     Raises:
         ValueError: more places than tokens.
@@ -66,11 +64,18 @@ def repeat(batch: int, length: int, vocab: int, *, spacing: int = 1, generator: 
     if length > vocab - 1:
         raise ValueError(f"length: expected at most vocab - 1 = {vocab - 1}, got {length}")
     once = 1 + torch.rand(batch, vocab - 1, generator=generator).argsort(1)[:, :length]
-    ids = torch.zeros(batch, spacing * (2 * length - 1), dtype=torch.int64)
+    ids = torch.cat([once, once[:, :-1]], 1)
     targets = torch.full_like(ids, NOTHING)
-    ids[:, ::spacing] = torch.cat([once, once[:, :-1]], 1)
-    targets[:, spacing * length :: spacing] = once[:, 1:]
+    targets[:, length:] = once[:, 1:]
     return ids, targets
+
+
+def apart(ids: Tensor, targets: Tensor, spacing: int) -> tuple[Tensor, Tensor]:
+    """The same sequences with spacing - 1 times token 0 behind each token, so that a neighbour says nothing."""
+    B, T = ids.shape
+    wide_ids, wide_targets = ids.new_zeros(B, T * spacing), targets.new_full((B, T * spacing), NOTHING)
+    wide_ids[:, ::spacing], wide_targets[:, ::spacing] = ids, targets
+    return wide_ids, wide_targets
 
 
 def _distinct(batch: int, pairs: int, vocab: int, generator: Generator) -> tuple[Tensor, Tensor]:

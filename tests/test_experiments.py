@@ -137,14 +137,18 @@ def test_stream_asks_every_key_at_its_age():
         assert all((a == 0) == (target < 0) for a, target in zip(old, asked, strict=True))
 
 
-@pytest.mark.parametrize("spacing", [1, 3])
-def test_repeat_asks_all_but_the_first_token_again(spacing):
-    ids, targets = tasks.repeat(3, 5, 9, spacing=spacing, generator=generator())
-    places = ids[:, ::spacing]
-    assert places.shape == (3, 9) and (places[:, 5:] == places[:, :4]).all() and (places > 0).all()
-    assert (targets >= 0).sum() == 3 * 4 and (targets[:, ::spacing][:, 5:] == places[:, 1:5]).all()
-    assert all(len(set(row[:5])) == 5 for row in places.tolist())
-    assert spacing == 1 or not ids[:, 1::spacing].any()
+def test_repeat_asks_all_but_the_first_token_again():
+    ids, targets = tasks.repeat(3, 5, 9, generator=generator())
+    assert ids.shape == (3, 9) and (ids[:, 5:] == ids[:, :4]).all() and (ids > 0).all()
+    assert (targets[:, :5] == -1).all() and (targets[:, 5:] == ids[:, 1:5]).all()
+    assert all(len(set(row[:5])) == 5 for row in ids.tolist())
+
+
+def test_apart_puts_nothing_between():
+    ids, targets = tasks.repeat(3, 5, 9, generator=generator())
+    wide, asked = tasks.apart(ids, targets, 3)
+    assert wide.shape == (3, 27) and not wide[:, 1::3].any() and not wide[:, 2::3].any()
+    assert (wide[:, ::3] == ids).all() and (asked[:, ::3] == targets).all() and (asked >= 0).sum() == 3 * 4
 
 
 @pytest.mark.parametrize(
