@@ -1,6 +1,5 @@
 """Activations as adaptive spikes: counts, spike trains, firing statistics. Formulas and source: `kernels/spike`."""
 
-import math
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ def encode(counts: Tensor, code: str, steps: int | None = None) -> Tensor:
     Source: arXiv 2509.05276. A product W s is the sum of the products W s_t, weighed as s is.
 
     Args:
-        counts: whole numbers, of any dtype.
+        counts: whole numbers, of any real dtype.
         steps: T; None is as many as these counts need. More are silent.
 
     Returns:
@@ -64,7 +63,7 @@ def encode(counts: Tensor, code: str, steps: int | None = None) -> Tensor:
         raise ValueError(f"steps: expected at least {needed} for counts up to {most}, got {steps}")
     t = torch.arange(steps, device=s.device).view(-1, *[1] * s.ndim)
     if code in ("binary", "ternary"):
-        return ((s.abs() > t) * s.sign()).to(torch.int8)
+        return (s.abs() > t) * s.sign().to(torch.int8)
     t = t.clamp(max=32)  # beyond that a number repeats its sign
     bits = s >> t if code == "twos_complement" else s.abs() >> t
     return ((bits & 1) * (s.sign() if code == "bitwise" else 1)).to(torch.int8)
@@ -74,9 +73,14 @@ def decode(trains: Tensor, code: str) -> Tensor:
     """The counts, int64, that `encode` made these trains [T, ...] of.
 
     Raises:
-        ValueError: no such code, spikes that it does not have, or more than 63 steps where they are bits.
+        ValueError: no such code, no steps to sum over, spikes that it does not have, or more than 63 steps where they
+            are bits.
     """
     _known(code)
+    if not trains.ndim:
+        raise ValueError("trains: expected [steps, ...], got a single number")
+    if trains.is_floating_point() and not (trains == trains.round()).all():
+        raise ValueError("trains: expected whole numbers of spikes, got others")
     lowest = -1 if code in ("ternary", "bitwise") else 0
     if trains.numel() and not lowest <= int(trains.min()) <= int(trains.max()) <= 1:
         got = f"{int(trains.min())} to {int(trains.max())}"
@@ -89,7 +93,7 @@ def decode(trains: Tensor, code: str) -> Tensor:
     weights = 1 << torch.arange(len(trains), device=trains.device)
     if code == "twos_complement":
         weights[-1:] *= -1
-    return torch.tensordot(weights, trains, 1) if len(trains) else trains.sum(0)
+    return (trains * weights.view(-1, *[1] * (trains.ndim - 1))).sum(0)  # no matrix product: a GPU has none of int64
 
 
 def _known(code: str) -> None:
@@ -99,13 +103,16 @@ def _known(code: str) -> None:
 
 def _whole(counts: Tensor, code: str) -> Tensor:
     _known(code)
+    if counts.is_complex():
+        raise ValueError(f"counts: expected real numbers, got {counts.dtype}")
     if counts.is_floating_point() and not ((counts == counts.round()) & (counts.abs() <= MOST)).all():
         raise ValueError(f"counts: expected whole numbers of at most {MOST}, got others")
     s = counts.long()
-    if s.numel() and int(s.abs().max()) > MOST:
-        raise ValueError(f"counts: expected at most {MOST}, got {int(s.abs().max())}")
-    if code in ("binary", "unsigned") and s.numel() and int(s.min()) < 0:
-        raise ValueError(f"counts: expected none below 0 in {code} code, which has no sign, got {int(s.min())}")
+    low, high = map(int, s.aminmax()) if s.numel() else (0, 0)
+    if max(-low, high) > MOST:  # as Python's numbers: the lowest int64 has no size of its own
+        raise ValueError(f"counts: expected at most {MOST}, got {max(-low, high)}")
+    if code in ("binary", "unsigned") and low < 0:
+        raise ValueError(f"counts: expected none below 0 in {code} code, which has no sign, got {low}")
     return s
 
 
@@ -114,15 +121,22 @@ class FiringStatistics:
 
     Args:
         window: T, steps of the bitwise code, in which counts up to 2^T - 1 fit.
+
+    Raises:
+        ValueError: a window that is no whole number, 1 to 31.
     """
 
     def __init__(self, window: int = 3) -> None:
+        if isinstance(window, bool) or not isinstance(window, int) or not 1 <= window <= 31:
+            raise ValueError(f"window: expected 1 to 31 steps, got {window!r}")
         self.window, self._sums, self._largest = window, None, None
 
     @torch.no_grad()
     def add(self, counts: Tensor) -> None:
-        """counts: whole numbers, any shape."""
-        size = counts.abs()
+        """counts: whole numbers, any shape and any real dtype."""
+        if not counts.numel():
+            return
+        size = counts.abs() if counts.is_floating_point() else counts.long().abs()
         ones = bits_set(size)
         fits = size < 2**self.window
         sums = [size == 0, ones, size, fits, ones * fits, torch.ones_like(size)]
@@ -147,10 +161,11 @@ class FiringStatistics:
         for over all of them, 1 - spikes / T, it would be 0.567 and 0.592.
 
         Raises:
-            ValueError: nothing was added, or counts that are NaN or infinite.
+            ValueError: nothing was added, or counts that are NaN or beyond 31 bits.
         """
-        if self._sums is None or not math.isfinite(self._largest):
-            raise ValueError(f"FiringStatistics: expected counts, got {self._largest}")
+        largest = None if self._largest is None else float(self._largest)
+        if largest is None or not largest <= MOST:
+            raise ValueError(f"FiringStatistics: expected counts of at most {MOST}, got {largest}")
         silent, ones, total, fits, ones_fit, channels = self._sums.tolist()
         return {
             "silent": silent / channels,
@@ -158,7 +173,7 @@ class FiringStatistics:
             "ternary_spikes": total / channels,
             "within": fits / channels,
             "sparsity": 1 - ones_fit / (self.window * fits) if fits else 0.0,
-            "largest": float(self._largest),
+            "largest": largest,
             "channels": int(channels),
         }
 

@@ -38,6 +38,9 @@ class W8ASpike(nn.Module):
     Args:
         k: of the spikes, as in `AdaptiveSpike`.
         group: input channels that share a scale; the last group may be short.
+
+    Raises:
+        ValueError: a group of no channels.
     """
 
     def __init__(
@@ -56,7 +59,15 @@ class W8ASpike(nn.Module):
 
     @torch.no_grad()
     def fill(self, linear: nn.Linear) -> None:
-        """Take over a layer's weight, rounded, and its bias. Raises ValueError: a weight that is not finite."""
+        """Take over a layer's weight, rounded, and its bias.
+
+        Raises:
+            ValueError: another shape, a bias where there is none or the reverse, or a weight that is not finite.
+        """
+        for name in ("weight", "bias"):
+            ours, given = (None if x is None else tuple(x.shape) for x in (getattr(self, name), getattr(linear, name)))
+            if ours != given:
+                raise ValueError(f"fill: {name}: expected shape {ours}, got {given}")
         weight, self.scales = quantised(linear.weight, self.group)
         self.weight, self.bias = nn.Parameter(weight, requires_grad=False), linear.bias
 
@@ -141,6 +152,8 @@ def quantised(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def _room(*shape: int, group: int) -> tuple[nn.Parameter, Tensor]:
+    if isinstance(group, bool) or not isinstance(group, int) or group < 1:
+        raise ValueError(f"group: expected a whole number of channels, at least 1, got {group!r}")
     weight = nn.Parameter(torch.empty(shape, dtype=torch.int8), requires_grad=False)
     return weight, torch.empty(*shape[:-1], -(-shape[-1] // group))
 

@@ -74,7 +74,7 @@ def options(schema: type[NamedTuple], given: dict[str, Any], what: str) -> dict[
 
 
 def _patterns(skip: Any, what: str) -> list[str]:
-    if isinstance(skip, str) or not all(isinstance(pattern, str) for pattern in skip):
+    if not isinstance(skip, list | tuple) or not all(isinstance(pattern, str) for pattern in skip):
         raise ValueError(f"{what}: skip: expected a list of regular expressions, got {skip!r}")
     for pattern in skip:
         try:

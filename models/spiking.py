@@ -61,8 +61,8 @@ def spike_report(model: nn.Module, batch: Tensor | dict[str, Any], *, window: in
         is counted over all experts.
 
     Raises:
-        ValueError: a model without spikes, a batch with padding (it would be counted as silent), activations that are
-            NaN or infinite.
+        ValueError: a model without spikes, a batch with padding (it would be counted as silent), a window of no
+            steps, activations that are NaN or infinite.
     """
     inputs = dict(batch) if isinstance(batch, dict) else {"input_ids": batch}
     mask = inputs.get("attention_mask")

@@ -129,6 +129,18 @@ def test_the_layer_moves_as_a_whole():
         empty.load_state_dict({**ours.state_dict(), "scales": ours.scales[:, 1:]})
 
 
+def test_what_does_not_fit_the_layer():
+    for group in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match=f"group: expected a whole number of channels, at least 1, got {group}"):
+            W8ASpike(9, 4, group=group)
+    ours = W8ASpike(9, 4)
+    with pytest.raises(ValueError, match=r"fill: weight: expected shape \(4, 9\), got \(5, 9\)"):
+        ours.fill(Linear(9, 5))
+    with pytest.raises(ValueError, match=r"fill: bias: expected shape \(4,\), got None"):
+        ours.fill(Linear(9, 4, bias=False))
+    assert ours.weight.shape == (4, 9)
+
+
 def test_experts_are_the_fake_quantised_ones():
     E, D, I, N, k = 5, 40, 24, 30, 2
     gate_up, down = torch.randn(E, 2 * I, D) * 0.2, torch.randn(E, D, I) * 0.2

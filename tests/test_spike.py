@@ -128,6 +128,21 @@ def wrong_calls():
         yield f"spike_counts: k: expected a positive number, got {k}", lambda k=k: unwrap(spike_counts)(x, k=k)
         yield f"spike_linear: k: expected a positive number, got {k}", lambda k=k: unwrap(spike_linear)(x, w, s, k=k)
     yield "spike: x: expected rows of one channel", lambda: unwrap(spike)(x[:, :0])
+    for whole in (
+        torch.ones(2, 8, dtype=torch.int64),
+        torch.ones(2, 8, dtype=torch.bool),
+    ):  # would be cut down to whole
+        yield f"spike: x: expected a floating dtype, got {whole.dtype}", lambda whole=whole: unwrap(spike)(whole)
+    far = [t.to("meta") for t in (w, s)]
+    yield (
+        "spike_linear: weight: expected to be on cpu as x, got meta",
+        lambda: unwrap(spike_linear)(x, far[0], s, group=4),
+    )
+    yield (
+        "spike_linear: scales: expected to be on cpu as x, got meta",
+        lambda: unwrap(spike_linear)(x, w, far[1], group=4),
+    )
+    yield "spike_linear: scales: expected a floating dtype", lambda: unwrap(spike_linear)(x, w, s.long(), group=4)
     call = unwrap(spike_linear)
     yield r"group: expected 1 to 16384 channels, got 0", lambda: call(x, w, s, group=0)
     yield r"weight: expected int8 \[out, 8\], got torch.float32", lambda: call(x, w.float(), s, group=4)
@@ -274,6 +289,29 @@ def test_gradients_of_a_product(backend, learning):
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKEND])
+@pytest.mark.parametrize("shape", [(), (0,), (2, 3)], ids=str)
+def test_gradients_of_any_shape(shape, backend):
+    x, weight, scales, bias = draw(shape or (1,), 20, 6, 16)
+    x, bias = x.view(*shape, 20).requires_grad_(), bias.requires_grad_()
+    y = LINEAR_BACKENDS[backend](x, weight, scales, bias, 3.0, 16)
+    dx, dbias = torch.autograd.grad(y.sum(), (x, bias))
+    assert_close(dbias, torch.full((6,), float(math.prod(shape))))
+    assert_close(dx, dequantised(weight, scales, 16).sum(0).expand(*shape, 20))
+    assert LINEAR_BACKENDS[backend](x, weight[:0], scales[:0], None, 3.0, 16).shape == (*shape, 0)
+
+
+@pytest.mark.parametrize("low", [torch.float16, torch.float64, HALF], ids=str)
+def test_scales_and_bias_of_another_dtype(low):
+    """No backend is chosen that would refuse them."""
+    x, weight, scales, bias = draw((3,), 20, 6, 16)
+    for a, b in ((scales.to(low), bias), (scales, bias.to(low)), (scales.to(low), bias.to(low))):
+        bias_leaf = b.clone().requires_grad_()
+        y = spike_linear(x, weight, a, bias_leaf, group=16)
+        assert_near(y, LINEAR_BACKENDS["reference"](x, weight, a.float(), b.float(), 3.0, 16), 2e-6)
+        assert torch.autograd.grad(y.sum(), bias_leaf)[0].dtype == b.dtype
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKEND])
 def test_autocast_takes_nothing_from_the_counts(backend):
     x, weight, scales, bias = draw((6,), 300, 12, 128)
     with use_backend(backend):
@@ -305,6 +343,20 @@ def test_trains_are_lossless(code, most):
         encode(counts, code, steps=steps[code] - 1)
 
 
+@pytest.mark.parametrize("code", CODES)
+def test_trains_of_any_shape_and_dtype(code):
+    for shape in ((), (0,), (3, 0, 2), (1, 2, 3, 4)):
+        for dtype in (torch.int8, torch.uint8, torch.int16, torch.float16, HALF, torch.float64):
+            low = 0 if code in ("binary", "unsigned") or dtype == torch.uint8 else -100
+            counts = torch.randint(low, 101, shape).to(dtype)
+            assert torch.equal(decode(encode(counts, code), code), counts.long())
+            assert torch.equal(decode(encode(counts, code).to(dtype if low else torch.float32), code), counts.long())
+    counts = torch.randint(0, 9, (4, 6)).mT[::2]
+    assert torch.equal(decode(encode(counts, code), code), counts)
+    if code not in ("binary", "unsigned"):
+        assert decode(encode(torch.tensor([-128], dtype=torch.int8), code), code).item() == -128
+
+
 def test_large_counts_and_long_trains():
     counts = torch.tensor([2**31 - 1, -(2**31) + 1, 2**30, -5, 0])
     for code in ("bitwise", "twos_complement"):
@@ -330,8 +382,16 @@ def test_trains_name_what_is_wrong():
     for bad in (torch.tensor([0.5]), torch.tensor([math.nan]), torch.tensor([math.inf]), torch.tensor([1e10])):
         with pytest.raises(ValueError, match="counts: expected whole numbers"):
             encode(bad, "ternary")
-    with pytest.raises(ValueError, match="counts: expected at most 2147483647, got 2147483648"):
-        encode(torch.tensor([2**31]), "bitwise")
+    for bad in (2**31, -(2**31), 2**63 - 1, -(2**63)):  # the last has no absolute value in int64
+        with pytest.raises(ValueError, match=f"counts: expected at most 2147483647, got {abs(bad)}"):
+            encode(torch.tensor([bad]), "bitwise")
+    with pytest.raises(ValueError, match="counts: expected real numbers, got torch.complex64"):
+        encode(torch.tensor([1j]), "ternary")
+    for bad in (torch.tensor([[0.5, 1.0]]), torch.tensor([[math.nan]])):
+        with pytest.raises(ValueError, match="trains: expected whole numbers of spikes"):
+            decode(bad, "binary")
+    with pytest.raises(ValueError, match=r"trains: expected \[steps, ...\], got a single number"):
+        decode(torch.tensor(1), "bitwise")
     with pytest.raises(ValueError, match="code: expected one of binary, .* got 'morse'"):
         encode(s, "morse")
     with pytest.raises(ValueError, match="code: expected one of"):
@@ -374,11 +434,39 @@ def test_statistics_are_those_of_the_trains():
     assert said["within"] == pytest.approx(few.numel() / counts.numel())
     assert said["sparsity"] == pytest.approx((encode(few, "bitwise", steps=4) == 0).float().mean().item())
     assert said["largest"] == 20
-    with pytest.raises(ValueError, match="expected counts, got None"):
-        FiringStatistics().summary()
+    heard.add(counts[:0])
+    assert heard.summary() == said
     heard.add(torch.full((2, 2), math.nan))
-    with pytest.raises(ValueError, match="expected counts, got nan"):
+    with pytest.raises(ValueError, match="expected counts of at most .* got nan"):
         heard.summary()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.int16, torch.int64, torch.float16, torch.float64, torch.bool], ids=str
+)
+def test_statistics_of_any_dtype(dtype):
+    """-128 too, whose size int8 does not hold."""
+    counts = torch.tensor([1, 0, 1]).to(dtype) if dtype == torch.bool else torch.tensor([-128, 0, 3]).to(dtype)
+    heard, same = FiringStatistics(), FiringStatistics()
+    heard.add(counts)
+    same.add(counts.float())
+    assert heard.summary() == same.summary()
+
+
+def test_statistics_name_what_is_wrong():
+    with pytest.raises(ValueError, match="expected counts of at most .* got None"):
+        FiringStatistics().summary()
+    for most, fits in ((2**31 - 1, True), (2**31, False), (2**40, False)):  # bits are counted up to there
+        heard = FiringStatistics()
+        heard.add(torch.tensor([float(most)], dtype=torch.float64))
+        if fits:
+            assert heard.summary()["spikes"] == 31
+            continue
+        with pytest.raises(ValueError, match="expected counts of at most 2147483647, got"):
+            heard.summary()
+    for window in (0, -1, 2.5, True, 32):
+        with pytest.raises(ValueError, match=f"window: expected 1 to 31 steps, got {window}"):
+            FiringStatistics(window)
 
 
 def test_bits_set():
@@ -482,6 +570,7 @@ def plain_keys(**changes):
         (dict(k="3"), "spikes: k: expected a positive number, got '3'"),
         (dict(head=1), "spikes: head: expected true or false, got 1"),
         (dict(skip="down"), "spikes: skip: expected a list of regular expressions, got 'down'"),
+        (dict(skip=None), "spikes: skip: expected a list of regular expressions, got None"),
         (dict(skip=["("]), r"spikes: skip: expected a regular expression, got '\('"),
         ([3.0], r"spikes: expected keys of .* got \[3.0\]"),
     ],
@@ -546,8 +635,10 @@ def test_report_refuses():
     with pytest.raises(ValueError, match="expected a model with spikes"):
         spike_report(SeqZooForCausalLM(SeqZooConfig(**plain_keys())), x)
     ours.stack.blocks[0].mixer_norm.weight.data[0] = math.nan
-    with pytest.raises(ValueError, match="expected counts, got nan"):
+    with pytest.raises(ValueError, match="expected counts of at most .* got nan"):
         spike_report(ours, x)
+    with pytest.raises(ValueError, match="window: expected 1 to 31 steps, got 0"):
+        spike_report(ours, x, window=0)
     assert not any(module._forward_pre_hooks for module in ours.modules())
 
 

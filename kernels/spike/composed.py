@@ -54,7 +54,7 @@ def _product(counts: Tensor, weight: Tensor, scales: Tensor, group: int) -> Tens
     missing = G * group - width  # of the last group
     weight = F.pad(weight, (0, missing)).to(counts.dtype).view(out, G, group).permute(1, 2, 0)
     counts = F.pad(counts, (0, missing)).view(-1, G, group).transpose(0, 1)  # [G, N, group]
-    pieces = counts.split(max(1, ROOM // (G * out)), dim=1)
+    pieces = counts.split(max(1, ROOM // max(1, G * out)), dim=1)
     return torch.cat([torch.einsum("gno,og->no", piece @ weight, scales) for piece in pieces])
 
 
@@ -72,5 +72,5 @@ def gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     dy = dy.to(torch.promote_types(dy.dtype, torch.float32))
     dx = (dy @ dequantised(weight, scales, ctx.group).to(dy.dtype)).to(x_dtype) if ctx.needs_input_grad[0] else None
     wanted = bias_dtype is not None and ctx.needs_input_grad[3]
-    dbias = dy.flatten(0, -2).sum(0).to(bias_dtype) if wanted else None
+    dbias = dy.reshape(-1, len(weight)).sum(0).to(bias_dtype) if wanted else None
     return dx, None, None, dbias, None, None

@@ -52,10 +52,11 @@ def spike_linear_cpp(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | N
     """Same as `spike_linear_reference`; sums of whole numbers are whole numbers, however large a count.
 
     Raises:
-        ValueError: another dtype or device.
+        ValueError: an x of another dtype or device.
         BuildError: no compiler that works.
     """
-    if PRODUCT.learns(x, scales, bias) or torch.compiler.is_compiling():
+    learns = PRODUCT.learns(x) or bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    if learns or torch.compiler.is_compiling():
         return _differentiable(x, weight, scales, bias, k, group)
     return _product(x, weight, scales, bias, k, group)
 

@@ -36,7 +36,7 @@ def spike_counts(x: Float[Tensor, "*rows W"], *, k: float = 3.0) -> tuple[Tensor
         Neither has a gradient. A row with a NaN in it is NaN.
 
     Raises:
-        ValueError: no channels, or k that is no positive number.
+        ValueError: x of whole numbers, no channels, or k that is no positive number.
     """
     _check("spike_counts", x, k)
     return spike_counts_reference(x.detach(), k)
@@ -50,7 +50,8 @@ def spike(x: Float[Tensor, "*rows W"], *, k: float = 3.0, through_threshold: boo
         through_threshold: let the gradient see that the threshold moves with x; otherwise it is that of y = x.
 
     Returns:
-        y, in x's dtype. A row with a NaN in it is NaN, one with an infinity is not finite.
+        y, in x's dtype. A row with a NaN in it is NaN, one with an infinity is not finite. float16 has no
+        number for what is rounded up beyond 65504.
 
     Raises:
         ValueError: as `spike_counts`, or a forced backend that cannot run this.
@@ -83,8 +84,8 @@ def spike_linear(
         rounding. A row with a NaN or an infinity in it is not finite.
 
     Raises:
-        ValueError: shapes or dtypes that do not agree, scales that want a gradient, k or group out of range, or a
-            forced backend that cannot run this.
+        ValueError: shapes, dtypes or devices that do not agree, scales that want a gradient, k or group out of range,
+            or a forced backend that cannot run this.
     """
     _check("spike_linear", x, k)
     _check_weight(x, weight, scales, bias, group)
@@ -104,6 +105,8 @@ def _spike_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None
 
 
 def _check(op: str, x: Tensor, k: float) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"{op}: x: expected a floating dtype, got {x.dtype}")
     if not x.ndim or not x.shape[-1]:
         raise ValueError(f"{op}: x: expected rows of one channel and more, got shape {tuple(x.shape)}")
     if not 0 < k < math.inf:
@@ -116,6 +119,11 @@ def _check_weight(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None
     if weight.dtype != torch.int8 or weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
         got = f"{weight.dtype} {tuple(weight.shape)}"
         raise ValueError(f"spike_linear: weight: expected int8 [out, {x.shape[-1]}], got {got}")
+    for name, given in dict(weight=weight, scales=scales, bias=bias).items():
+        if given is not None and given.device != x.device:  # whose address is none here
+            raise ValueError(f"spike_linear: {name}: expected to be on {x.device} as x, got {given.device}")
+        if given is not None and given is not weight and not given.is_floating_point():
+            raise ValueError(f"spike_linear: {name}: expected a floating dtype, got {given.dtype}")
     expected = weight.shape[0], -(-weight.shape[1] // group)
     if scales.shape != expected:
         raise ValueError(f"spike_linear: scales: expected shape {expected}, got {tuple(scales.shape)}")
