@@ -278,6 +278,18 @@ def test_native_is_the_definition(rule, heads, widths, kind):
 
 
 @NEEDS_COMPILER
+@pytest.mark.parametrize("options", [dict(chunk=2**33), dict(slots=2**40, schedule="min")], ids=str)
+def test_native_room_is_for_the_tokens_there_are(options):
+    """Not for chunks that are never full, or slots that are never used: nothing is merged in either."""
+    leaves, found = [x.requires_grad_() for x in inputs(dtype=torch.float32)], []
+    for fn in (lambda *x: BACKENDS["cpp"](*x, dataclasses.replace(RULE, **options))[0], full_attention):
+        o = fn(*leaves)
+        found.append([o, *torch.autograd.grad(o.square().sum(), leaves)])
+    for ours, truth in zip(*found, strict=True):
+        assert_close(ours, truth, atol=2e-5, rtol=1e-4)
+
+
+@NEEDS_COMPILER
 def test_native_bits():
     """The same again, on any number of threads, and for a document alone, in a batch, or packed."""
     time = [x.requires_grad_() for x in inputs(T=150, dtype=torch.float32)]
@@ -385,8 +397,11 @@ def test_which_tokens_get_slots(backend):
         (dict(similarity="x"), "similarity: expected one of"),
         (dict(choice="x"), "choice: expected one of"),
         (dict(step=0.0), "step: expected None, or above 0 and up to 1, got 0.0"),
+        (dict(chunk=True), "chunk: expected a whole number, 1 or more, got True"),
+        (dict(norm_eps=0.0), "norm_eps: expected more than 0, got 0.0"),
         (dict(num_kv_heads=3), "num_heads: expected a multiple of num_kv_heads=3, got 4"),
-        (dict(head_width=0), "head_width: expected 1 or more, got 0"),
+        (dict(head_width=0), "head_width: expected a whole number, 1 or more, got 0"),
+        (dict(head_width=6.0), "head_width: expected a whole number, 1 or more, got 6.0"),
     ],
     ids=str,
 )
@@ -400,6 +415,7 @@ def test_bad_configs(change, message):
     "name, change, message",
     [
         ("q", lambda x: x[0], "q and v: expected .* got"),
+        ("q", lambda x: x.long(), "q: expected a floating dtype, got torch.int64"),
         ("q", lambda x: x[:, :, :3], "q: expected a multiple of v's 2 heads, got 3"),
         ("k", lambda x: x[..., 1:], r"k: expected shape \(2, 23, 2, 3\), got \(2, 23, 2, 2\)"),
         ("v", lambda x: x[:1], "k: expected shape|v: expected shape"),
@@ -421,9 +437,55 @@ def test_says_what_is_wrong(name, change, message):
         unchecked(rule=RULE, **wanted)
 
 
+WRONG_TYPES = """
+import torch
+from seqzoo.kernels.ovq_attention import OVQRule, OVQState, ovq_attention
+
+def message(fn, *args, **options):
+    try:
+        fn(*args, **options)
+    except ValueError as error:
+        return str(error)
+
+sizes = dict(chunk=4, slots=6)
+for options, expected in (
+    (dict(schedule="linear", horizon=6.5), "6 tokens, one per slot, or more with schedule 'linear', got 6.5"),
+    (dict(step="0.5"), "None, or above 0 and up to 1, got '0.5'"),
+    (dict(log_count="no"), "True or False, got 'no'"),
+    (dict(detach=0), "True or False, got 0"),
+):
+    found, name = message(OVQRule, **sizes, **options), list(options)[-1]
+    assert found == f"ovq_attention: {name}: expected {expected}", found
+rule, x, scale = OVQRule(**sizes), torch.randn(1, 3, 2, 5), torch.ones(2)
+state = OVQState.empty(1, 2, 5, 5, rule, device="cpu", dtype=torch.float32)
+for name, args, state in (
+    ("scale", (2.0, rule), None), ("rule", (scale, sizes), None), ("state", (scale, rule), tuple(state))
+):
+    found = message(ovq_attention, x, x, x, *args, state=state)
+    assert found.startswith(f"ovq_attention: {name}: expected "), found
+"""
+
+
+def test_wrong_types_are_named():
+    """In a process without the type checks of tests, as users run it."""
+    done = subprocess.run([sys.executable, "-c", WRONG_TYPES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=NEEDS_COMPILER)])
+def test_a_state_of_fewer_than_no_tokens(backend):
+    """Refused, for what would be read lies before the memory."""
+    state = empty(RULE, dtype=torch.float32)._replace(tokens=torch.tensor([5, -3]))
+    with pytest.raises(ValueError, match=r"ovq_attention: state.tokens: expected 0 or more, got \[5, -3\]"):
+        BACKENDS[backend](*inputs(dtype=torch.float32), RULE, state)
+
+
 def test_state_does_not_grow():
     part = build("mixers", dict(kind="ovq_attention", num_heads=4, num_kv_heads=2, head_width=6, chunk=4, slots=6), 16)
     assert len({part.state_bytes(t, torch.bfloat16) for t in (1, 100, 10**6)}) == 1
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        kept = sum(x.nbytes for x in part.init_state(1, device="cpu", dtype=dtype))
+        assert part.state_bytes(1, dtype) == kept
     matrices = 2 * sum(p.numel() for p in part.parameters() if p.ndim == 2)
     assert part.flops(3) - matrices == 4 * 2 * 4 * 6  # 1, 2 and 3 tokens are seen, none merged
     read = [4 * t * 4 * 6 for t in (1, 2, 3, 4, 2 + 1, 2 + 2)]  # of 4 tokens 2 slots remain

@@ -36,7 +36,13 @@ class Step(NamedTuple):
 def documents(
     T: int, chunk: int, seen: Sequence[int], starts: Tensor | None, valid: Tensor | None, keep: bool
 ) -> list[Document]:
-    """Most work first. seen [B]: tokens of the open document of each row; keep: a state is wanted."""
+    """Most work first. seen [B]: tokens of the open document of each row; keep: a state is wanted.
+
+    Raises:
+        ValueError: fewer than no tokens seen, with which C++ would read what is not there.
+    """
+    if min(seen) < 0:
+        raise ValueError(f"ovq_attention: state.tokens: expected 0 or more, got {list(seen)}")
     edges: list[list[int]] = [[] for _ in seen]
     padding = [0] * len(seen) if valid is None else (valid.shape[1] - valid.sum(1)).tolist()
     for row, t in [] if starts is None else starts.nonzero().tolist():

@@ -59,6 +59,9 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, scale: Tensor, rule: OVQRule, state: OVQState | None, starts: Tensor | None,
     valid: Tensor | None,
 ) -> None:  # fmt: skip
+    for name, x, kind in (("rule", rule, OVQRule), ("scale", scale, Tensor), ("state", state, OVQState | None)):
+        if not isinstance(x, kind):
+            raise ValueError(f"ovq_attention: {name}: expected {kind}, got {type(x)}")
     if q.ndim != 4 or v.ndim != 4 or 0 in q.shape or 0 in v.shape:
         raise ValueError(
             "ovq_attention: q and v: expected [B, T, H, K] and [B, T, G, V], every size >= 1, "
@@ -67,8 +70,8 @@ def _check(
     (B, T, H, K), (G, V) = q.shape, v.shape[2:]
     if H % G:
         raise ValueError(f"ovq_attention: q: expected a multiple of v's {G} heads, got {H}")
-    wanted = dict(k=(k, (B, T, G, K)), v=(v, (B, T, G, V)), scale=(scale, (H,)), starts=(starts, (B, T)))
-    wanted |= dict(valid=(valid, (B, T)))
+    wanted = dict(q=(q, (B, T, H, K)), k=(k, (B, T, G, K)), v=(v, (B, T, G, V)), scale=(scale, (H,)))
+    wanted |= dict(starts=(starts, (B, T)), valid=(valid, (B, T)))
     if state is not None:
         N, C = rule.slots, rule.chunk
         shapes = ((B, G, N, K + V), (B, G, N), (B, C - 1, G, K + V), (B,))

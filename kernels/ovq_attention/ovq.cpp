@@ -31,8 +31,9 @@ inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 struct Head {
   const Call& a;
-  const int K, V, W, C, N, Np, Cp, ld, r, g;  // W a token's floats; ld those of a row of weights: slots, then tokens
   const int64_t row, begin, end, pending, merged, pieces, writes;
+  const int K, V, C, most, Np, Cp, r, g;  // C tokens of a chunk, or all if they do not fill one; most slots are ever in use
+  const int64_t W, ld;                    // floats of a token, and of a row of weights: slots, then tokens
   const bool last;  // its memory is the row's after the call
   const bool few;   // no transposed keys
   std::vector<float> own_memory, own_counts, DkT, X, XkT, Q, P, O, bias;
@@ -40,22 +41,21 @@ struct Head {
   float *D, *n;
 
   Head(const Call& a, const int64_t* d, int g, bool backward)
-      : a(a), K(a.K), V(a.V), W(K + V), C(a.chunk), N(a.slots), Np(padded(N)), Cp(padded(C)), ld(Np + Cp), r(a.H / a.G), g(g),
-        row(d[0]), begin(d[1]), end(d[2]), pending(d[3]), merged(d[4]), pieces(d[5]), writes(d[6]),
-        last(a.memory && end == a.T), few(!backward && writes == 0 && r * (end - begin) <= FEW), X(C * W), Q(rows() * K),
-        P(std::max(rows(), writes ? C : 0) * ld), O(rows() * V), bias(Np), slot(C), added(N) {
+      : a(a), row(d[0]), begin(d[1]), end(d[2]), pending(d[3]), merged(d[4]), pieces(d[5]), writes(d[6]), K(a.K), V(a.V),
+        C(std::min(a.chunk, pending + end - begin)), most(used(merged + writes * C)), Np(padded(most)), Cp(padded(C)), r(a.H / a.G),
+        g(g), W(K + V), ld(Np + Cp), last(a.memory && end == a.T), few(!backward && writes == 0 && r * (end - begin) <= FEW),
+        X(C * W), Q(rows() * K), P(std::max(rows(), writes ? C : 0) * ld), O(rows() * V), bias(Np), slot(C), added(most) {
     const int64_t at = row * a.G + g;
     if (last) {
-      D = a.memory + at * N * W, n = a.counts + at * N;
-      if (!merged) std::fill(D, D + (int64_t)N * W, 0.0f), std::fill(n, n + N, 0.0f);
+      D = a.memory + at * a.slots * W, n = a.counts + at * a.slots;
+      if (!merged) std::fill(D, D + a.slots * W, 0.0f), std::fill(n, n + a.slots, 0.0f);
     } else {
-      const int most = used(merged + writes * C);
       own_memory.resize(most * W), own_counts.resize(most);
       D = own_memory.data(), n = own_counts.data();
       if (merged) {
         const int M = used(merged);
-        memcpy(D, a.past + at * N * W, sizeof(float) * M * W);
-        memcpy(n, a.past_counts + at * N, sizeof(float) * M);
+        memcpy(D, a.past + at * a.slots * W, sizeof(float) * M * W);
+        memcpy(n, a.past_counts + at * a.slots, sizeof(float) * M);
       }
     }
     if (few) return;
@@ -74,8 +74,8 @@ struct Head {
 
   int used(int64_t t) const {
     if (t == 0) return 0;
-    const int64_t grown = a.schedule == 0 ? t * N / (t + N) : a.schedule == 1 ? t : t * N / a.horizon;
-    return (int)std::max<int64_t>(1, std::min<int64_t>(N, grown));
+    const int64_t N = a.slots, grown = a.schedule == 0 ? t * N / (t + N) : a.schedule == 1 ? t : t * N / a.horizon;
+    return (int)std::max<int64_t>(1, std::min(N, grown));
   }
 
   void load_chunk(int64_t c) {

@@ -79,16 +79,19 @@ class OVQRule:
             return ValueError(f"ovq_attention: {name}: expected {expected}, got {getattr(self, name)!r}")
 
         for name in ("chunk", "slots"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise wrong(name, "a whole number, 1 or more")
+        for name in ("log_count", "norm_correction", "renormalise", "detach"):
+            if not isinstance(getattr(self, name), bool):
+                raise wrong(name, "True or False")
         for name, values in CHOICES.items():
             if getattr(self, name) not in values:
                 raise wrong(name, f"one of {values}")
         if self.schedule != "linear" and self.horizon is not None:
             raise wrong("horizon", f"None with schedule {self.schedule!r}")
-        if self.schedule == "linear" and (self.horizon is None or self.horizon < self.slots):
+        if self.schedule == "linear" and (type(self.horizon) is not int or self.horizon < self.slots):
             raise wrong("horizon", f"{self.slots} tokens, one per slot, or more with schedule 'linear'")
-        if self.step is not None and not 0.0 < self.step <= 1.0:
+        if self.step is not None and not (isinstance(self.step, int | float) and 0.0 < self.step <= 1.0):
             raise wrong("step", "None, or above 0 and up to 1")
 
     def used(self, t: int) -> int:

@@ -60,12 +60,14 @@ class OVQAttention(nn.Module):
     ) -> None:
         super().__init__()
         for name, size in dict(num_heads=num_heads, num_kv_heads=num_kv_heads, head_width=head_width).items():
-            if size < 1:
-                raise ValueError(f"ovq_attention: {name}: expected 1 or more, got {size}")
+            if type(size) is not int or size < 1:
+                raise ValueError(f"ovq_attention: {name}: expected a whole number, 1 or more, got {size!r}")
         if num_heads % num_kv_heads:
             raise ValueError(
                 f"ovq_attention: num_heads: expected a multiple of num_kv_heads={num_kv_heads}, got {num_heads}"
             )
+        if not (isinstance(norm_eps, int | float) and norm_eps > 0):
+            raise ValueError(f"ovq_attention: norm_eps: expected more than 0, got {norm_eps!r}")
         self.rule = OVQRule(
             chunk=chunk,
             slots=slots,
@@ -99,7 +101,7 @@ class OVQAttention(nn.Module):
     def state_bytes(self, tokens: int, dtype: torch.dtype) -> int:
         """What one sequence keeps, however long it is."""
         means, pending = self.rule.slots * (2 * self.K + 1), (self.rule.chunk - 1) * 2 * self.K
-        return self.G * (4 * means + dtype.itemsize * pending) + 8
+        return self.G * (torch.promote_types(dtype, torch.float32).itemsize * means + dtype.itemsize * pending) + 8
 
     def flops(self, context: int) -> int:
         """Forward, per token, at the mean over a sequence of `context` tokens; a multiply-add is 2."""
