@@ -15,6 +15,7 @@ from seqzoo.kernels.dispatch import use_backend
 from seqzoo.kernels.ovq_attention import OVQRule, OVQState, ovq_attention
 from seqzoo.kernels.ovq_attention.op import BACKENDS
 from seqzoo.layers.registry import build
+from seqzoo.models import SeqZooConfig, SeqZooForCausalLM
 
 B, T, H, G, K, V = 2, 23, 4, 2, 3, 5
 EXACT = dict(atol=1e-10, rtol=1e-8)
@@ -348,6 +349,24 @@ def test_compiles():
     """Into one graph, or around packed documents; in a process without the type checks of tests."""
     done = subprocess.run([sys.executable, "-c", TRACED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("how", [dict(), dict(num_beams=3)], ids=["greedy", "beams"])
+def test_generation_over_many_chunks(how):
+    """From the state and without it, rows of one batch at different places of their chunks; beams take their memories
+    with them."""
+    window = dict(kind="attention", num_heads=2, num_kv_heads=1, head_width=8, window=5)
+    far = dict(kind="ovq_attention", num_heads=4, num_kv_heads=2, head_width=8, chunk=4, slots=7)
+    sizes = dict(hidden_size=32, vocab_size=50, num_hidden_layers=2, max_position_embeddings=128)
+    mixers, channels = dict(near=window, far=far), dict(mlp=dict(kind="swiglu", width=32))
+    model = SeqZooForCausalLM(SeqZooConfig(**sizes, pattern=["near/mlp", "far/mlp"], mixers=mixers, channels=channels))
+    for p in model.eval().parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    prompt, mask = torch.randint(3, 50, (3, 13)), torch.ones(3, 13, dtype=torch.int64)
+    mask[0, :3], mask[2, :11] = 0, 0
+    options = dict(attention_mask=mask, max_new_tokens=30, do_sample=False, pad_token_id=0, **how)
+    cached, whole = (model.generate(prompt, use_cache=x, **options) for x in (True, False))
+    assert torch.equal(cached, whole)
 
 
 def test_schedules():

@@ -18,7 +18,11 @@ What a_i is in the first chunk, and other choices of N_t, a, eta and the logits:
 
 Source: Alonso, Figliolia & Millidge 2026, arXiv 2602.03922. Its idea and the mean update are the paper's; it was not at
 hand in full. The plateau schedule, the choice of new slots, logits and the missing straight-through estimator follow a
-public re-implementation (arXiv 2605.09877); "farthest" first chunks are ours.
+public re-implementation (arXiv 2605.09877); "farthest" first chunks are ours, "shared" ones its own.
+Open in the source, and the option for another reading: how N_t grows (`schedule`); how new slots and a_i are chosen
+(`first_chunk`, `choice`, `similarity`); eta (`step`); whether means are brought back to unit length, or their norms are
+in the logits (`renormalise`, `norm_correction`); whether counts are (`log_count`); whether gradients end at a chunk
+(`detach`). Open too, without an option: s, which the caller gives, and whether the chunk before the open one is exact.
 """
 
 import torch

@@ -3,6 +3,9 @@
     q, k    = unit(W_q x), unit(W_k x)       v = W_v x       no positions
     y       = W_o [ ovq_attention(q, k, v, beta sqrt K) * sigmoid(W_g x) ]      the gate only if `output_gate`
 
+beta is learned, one per query head, from 1. Whether the paper's is learned, and holds sqrt K, is open: this is a
+re-implementation's choice (arXiv 2605.09877); for a fixed one, `requires_grad_(False)`.
+
 It keeps N means per key head however long the sequence is; made to stand between layers of sliding-window attention,
 which know positions.
 
