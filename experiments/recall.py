@@ -118,6 +118,7 @@ def draw(figure, found: dict[str, list[dict]], task: dict) -> None:
     by_pairs.set_xticklabels(task["test_pairs"])
     by_pairs.legend(fontsize=7)
     by_bytes.set_xscale("log")
+    by_bytes.margins(x=0.15)  # room for names
     by_bytes.set(xlabel=f"state after {tokens(task, max(task['test_pairs']))} tokens [bytes, fp32]")
     by_bytes.set_title(f"{hardest(task)} pairs", fontsize=9)
     for axes in (by_pairs, by_bytes):
