@@ -664,7 +664,26 @@ with torch.no_grad():
 """
 
 
-def test_compiles():
-    """Traced into one graph; in a process without the type checks of tests, which cannot be traced."""
-    done = subprocess.run([sys.executable, "-c", TRACED], capture_output=True, text=True)
+BUILT = """
+import torch
+from seqzoo.kernels.dispatch import use_backend
+from seqzoo.kernels.spike import spike_linear
+
+torch.manual_seed(0)
+weight, scales = torch.randint(-128, 128, (14, 130), dtype=torch.int8), torch.rand(14, 3)
+run = lambda x, bias: spike_linear(x, weight, scales, bias, group=64)
+for backend in ("reference", "torch", "cpp"):
+    x, bias = torch.randn(3, 130, requires_grad=True), torch.randn(14, requires_grad=True)
+    with use_backend(backend):
+        a, b = torch.compile(run, fullgraph=True)(x, bias), run(x, bias)
+        torch.testing.assert_close(a, b)
+        grads = [torch.autograd.grad(y.square().sum(), (x, bias)) for y in (a, b)]
+    torch.testing.assert_close(*grads, atol=1e-2, rtol=1e-4)
+"""
+
+
+@pytest.mark.parametrize("script", [TRACED, pytest.param(BUILT, marks=NEEDS_COMPILER)], ids=["traced", "built"])
+def test_compiles(script):
+    """Traced into one graph, and built of it; in a process without the type checks of tests, which cannot be traced."""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
