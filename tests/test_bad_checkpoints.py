@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import seqzoo  # noqa: F401 - makes the auto classes know ours
 from seqzoo.models import checkpoints
 from seqzoo.models.checkpoints import INDEX, SINGLE
-from seqzoo.models.convert import convert, folders
+from seqzoo.models.convert import architectures, convert, folders
 from seqzoo.models.convert.cli import main
 
 
@@ -166,7 +166,7 @@ def test_pickles(folder, tmp_path):
         (None, "no such file"),
         ("{", "not readable as JSON"),
         ("[1]", "expected a JSON object, got list"),
-        ("{}", "model_type: expected one of ['gla_swa', 'qwen3_next'] or 'seqzoo', got None"),
+        ("{}", f"model_type: expected one of {architectures()} or 'seqzoo', got None"),
         ('{"model_type": "folders"}', "got 'folders'"),
         ('{"model_type": ["seqzoo"]}', "got ['seqzoo']"),
         ('{"model_type": "gpt2"}', "got 'gpt2'"),
