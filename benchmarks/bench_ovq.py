@@ -2,8 +2,9 @@
 
     python -m seqzoo.benchmarks.bench_ovq --cases prefill train decode --lengths 1024 4096 16384 --threads 1
 
-prefill: T tokens from nothing. train: the same, forward and backward. decode: one token after T. Both with the backend
-that runs by itself here. OVQ keeps `slots` means a head however many tokens came, so from some length on it must win;
+prefill: T tokens from nothing. train: the same, forward and backward. decode: the mean of a chunk's tokens, one after
+another, after T; the last of them is the one at which OVQ merges the chunk. Both with the backend that runs by itself
+here. OVQ keeps `slots` means a head however many tokens came, so from some length on it must win;
 from which one is what this asks. CPU seconds of the process are taken, not those on the wall: other work on the
 machine adds little to them, but they hide what more threads win.
 """
@@ -47,21 +48,26 @@ def functions(case: str, T: int, heads: int, width: int, rule: OVQRule) -> tuple
     token = [x[:, -1:] for x in (q, k, v)]
     past = [x.transpose(1, 2).contiguous() for x in (k, v)]
     one = token[0].transpose(1, 2)
+
+    def step_through_a_chunk() -> None:
+        after = state
+        for _ in range(rule.chunk):
+            _, after = ovq_attention(*token, scale, rule, state=after)
+
     return {
-        "full": lambda: causal_attention(one, *past),
-        "ovq": lambda: ovq_attention(*token, scale, rule, state=state),
+        "full": lambda: [causal_attention(one, *past) for _ in range(rule.chunk)],
+        "ovq": step_through_a_chunk,
     }, kept
 
 
-def seconds(runs: dict[str, Callable], rounds: int, repeats: int) -> dict[str, list[float]]:
-    """CPU seconds of each function, one round after the other."""
+def seconds(runs: dict[str, Callable], rounds: int, steps: int) -> dict[str, list[float]]:
+    """CPU seconds of a step of each function, which does so many; one round after the other."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for n in range(rounds + 1):  # the first warms up
         for name, run in runs.items():
             start = time.process_time()
-            for _ in range(repeats):
-                run()
-            found[name] += [(time.process_time() - start) / repeats] if n else []
+            run()
+            found[name] += [(time.process_time() - start) / steps] if n else []
     return found
 
 
@@ -84,7 +90,7 @@ def main() -> None:
         for T in (T for T in args.lengths if case != "train" or T <= LONGEST_TRAINED):
             runs, kept = functions(case, T, args.heads, args.width, rule)
             with torch.set_grad_enabled(case == "train"):
-                found = seconds(runs, args.rounds, 50 if case == "decode" else 1)
+                found = seconds(runs, args.rounds, args.chunk if case == "decode" else 1)
             baseline = statistics.median(found["full"])
             for name, each in found.items():
                 median, spread = statistics.median(each), f"[{min(each) * 1e3:.2f}-{max(each) * 1e3:.2f}]"
