@@ -53,6 +53,19 @@ def test_blocks_of_several_kinds_count_beside_each_other():
     model.after_step(out.stats)
 
 
+@pytest.mark.parametrize("other", [dict(kind="bdh", num_heads=2, neurons=24), None], ids=["bdh", "more experts"])
+def test_a_block_and_a_channel_of_one_name_count_apart(other):
+    """Each as if the other's name were another: the counts of a block and of a channel are no one pool."""
+    other = other or dict(kind="residual", **{**PARTS, "channel": {**PARTS["channel"], "num_experts": 7}})
+    config = dict(mixers=dict(a=PARTS["mixer"]), channels=dict(same=PARTS["channel"]), **SIZES)
+    added, ids = [], torch.randint(20, (2, 11))
+    for name in ("x", "same", "x/same"):
+        torch.manual_seed(0)
+        model = SeqZooForCausalLM(SeqZooConfig(pattern=[name, "a/same"], blocks={name: other}, **config))
+        added.append(model(ids, labels=ids).aux_loss.item())
+    assert added[0] == added[1] == added[2] > 0
+
+
 def test_bad_parts_are_named():
     with pytest.raises(ValueError, match="no 'none' in layers/mixers"):
         complete("blocks", dict(kind="residual", mixer=dict(kind="none"), channel=PARTS["channel"]))

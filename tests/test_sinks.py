@@ -1,5 +1,7 @@
 """The laws of sink tokens: seen from everywhere, no part of any sequence, run once."""
 
+import json
+
 import pytest
 import torch
 from hydra import compose, initialize_config_module
@@ -28,14 +30,17 @@ MIXERS = {
         ),
     ),
 }
+MOE = dict(kind="moe", num_experts=4, num_experts_per_token=2, expert_width=6)
 every = pytest.mark.parametrize("name", MIXERS)
 
 
 def model(name, double=True, **other):
-    mixers = dict(mixer=MIXERS[name])
+    """Three blocks with that mixer; the recurrent one has a block of attention in their midst, that looks at sinks."""
+    pattern = ["mixer/mlp", "full/mlp", "mixer/mlp"] if name == "recurrent" else ["mixer/mlp"]
     config = SeqZooConfig(
-        hidden_size=D, vocab_size=31, num_hidden_layers=3, pattern=["mixer/mlp"], mixers=mixers,
-        channels=dict(mlp=dict(kind="swiglu", width=12)), **{"num_sink_tokens": N, **other},
+        hidden_size=D, vocab_size=31, num_hidden_layers=3, mixers=dict(mixer=MIXERS[name], full=MIXERS["full"]),
+        channels=dict(mlp=dict(kind="swiglu", width=12), moe=MOE),
+        **{"pattern": pattern, "num_sink_tokens": N, **other},
     )  # fmt: skip
     ours = SeqZooForCausalLM(config).eval()
     for p in ours.parameters():
@@ -166,16 +171,36 @@ def test_state_bytes_count_them(name):
     assert counted.parameters == sum(p.numel() for p in ours.parameters())
     assert next(part.parameters for part in counted.parts if part.name == "sinks") == N * D
     more = cost(model(name, double=False, num_sink_tokens=2 * N), context=20).flops_per_token
-    assert more > counted.flops_per_token or name == "recurrent"
+    assert more > counted.flops_per_token
 
 
-def test_without_sinks_nothing_changes():
-    """Nor with sinks that no mixer looks at."""
-    ours, plain = model("recurrent"), model("recurrent", num_sink_tokens=0)
-    assert "sink_tokens" not in plain.state_dict()
-    plain.load_state_dict({k: v for k, v in ours.state_dict().items() if k != "sink_tokens"})
-    x = ids(B, 9)
-    assert torch.equal(ours(x).logits, plain(x).logits)
+def test_sinks_that_nobody_looks_at_are_refused():
+    assert "sink_tokens" not in model("recurrent", num_sink_tokens=0, pattern=["mixer/mlp"]).state_dict()
+    with pytest.raises(ValueError, match="num_sink_tokens: expected 0 where no mixer looks at sinks, got 5"):
+        model("recurrent", pattern=["mixer/mlp"])
+
+
+def test_no_expert_counts_sinks():
+    stats = model("full", pattern=["mixer/moe"]).train()(ids(B, 9)).stats
+    assert [int(counted["tokens"]) for counted in stats] == [B * 9] * 3
+
+
+def test_gradients_by_finite_differences():
+    ours, x = model("momentum in a window", tied=True), ids(B, 7)
+    logits = lambda sinks: torch.func.functional_call(ours, {"sink_tokens": sinks}, (x,), {"use_cache": False}).logits
+    assert torch.autograd.gradcheck(logits, ours.sink_tokens, fast_mode=True, atol=1e-5)
+
+
+@every
+def test_generates_a_padded_batch(name):
+    """Each row what it is alone, in beams too."""
+    ours, x = model(name), ids(3, 9)
+    mask = (torch.arange(9) >= torch.tensor([[4], [0], [8]])).long()
+    for how in (dict(), dict(num_beams=3)):
+        run = lambda x, mask, how=how: ours.generate(x, attention_mask=mask, max_new_tokens=8, do_sample=False, **how)
+        for row, out in enumerate(run(x, mask)):
+            own = mask[row].bool()
+            assert torch.equal(out[9:], run(x[row : row + 1, own], mask[row : row + 1, own])[0, own.sum() :])
 
 
 def test_attention_by_hand():
@@ -222,9 +247,33 @@ def test_gradient_checkpointing_changes_nothing(name):
         ours(x, labels=x).loss.backward()
         grads.append({n: p.grad.clone() for n, p in ours.named_parameters() if p.grad is not None})
         getattr(ours, "activation_checkpointing_enable", ours.gradient_checkpointing_enable)()
-    assert grads[0].keys() == grads[1].keys() and ("sink_tokens" in grads[0] or name == "recurrent")
+    assert grads[0].keys() == grads[1].keys() and "sink_tokens" in grads[0]
     for n in grads[0]:
         assert_close(grads[1][n], grads[0][n], msg=lambda m, n=n: f"{n}: {m}")
+
+
+def test_reentrant_checkpoints_are_refused():
+    """Their gradients would not reach the sinks, nor a router what its experts count."""
+    ours = model("full", pattern=["mixer/moe"]).train()
+    how = getattr(ours, "activation_checkpointing_enable", ours.gradient_checkpointing_enable)
+    how({"use_reentrant": True})
+    with pytest.raises(ValueError, match="use_reentrant: expected False, got True"):
+        ours(ids(B, 5))
+    how({"use_reentrant": False})
+    ours(ids(B, 5))
+
+
+def test_a_folder_of_before_means_what_it_meant(tmp_path):
+    """Its config.json lacks the keys that came later."""
+    ours, x = model("full", double=False, num_sink_tokens=0), ids(B, 9)
+    ours.save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text())
+    for name in ("norm", "embed_norm", "final_norm", "num_sink_tokens", "blocks", "spikes", "quantisation"):
+        del said[name]
+    for spec in said["mixers"].values():
+        del spec["out_bias"]
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    assert torch.equal(SeqZooForCausalLM.from_pretrained(tmp_path).eval()(x).logits, ours(x).logits)
 
 
 def test_from_a_yaml_and_drawn_as_embeddings():
@@ -233,5 +282,6 @@ def test_from_a_yaml_and_drawn_as_embeddings():
             compose("train", ["model=transformer", "+model.num_sink_tokens=64", "+model.initializer_range=0.5"])
         )
     assert 0.48 < SeqZooForCausalLM(config).sink_tokens.std() < 0.52
-    with pytest.raises(ValueError, match="num_sink_tokens: expected 0 or more, got -1"):
-        SeqZooConfig(num_sink_tokens=-1)
+    for wrong in (-1, 2.5, None):
+        with pytest.raises(ValueError, match=f"num_sink_tokens: expected 0 or more, got {wrong}"):
+            SeqZooConfig(num_sink_tokens=wrong)
