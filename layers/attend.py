@@ -78,14 +78,16 @@ class SoftmaxHeads(nn.Module):
         super().__init__()
         rotary_width = head_width if rotary_width is None else rotary_width
         for name, size in dict(num_heads=num_heads, num_kv_heads=num_kv_heads, head_width=head_width).items():
-            if size < 1:
-                raise ValueError(f"{self.kind}: {name}={size} is not 1 or more")
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{self.kind}: {name}={size} is not 1 or more, and whole")
         if num_heads % num_kv_heads:
             raise ValueError(f"{self.kind}: num_heads={num_heads} is no multiple of num_kv_heads={num_kv_heads}")
         if rotary_width % 2 or not 0 <= rotary_width <= head_width:
             raise ValueError(f"{self.kind}: rotary_width={rotary_width} is not an even number from 0 to {head_width}")
-        if window is not None and window < 1:
+        if window is not None and (not isinstance(window, int) or window < 1):
             raise ValueError(f"{self.kind}: window={window} is not a number of tokens, 1 or more")
+        if not 0 < rope_theta < float("inf"):
+            raise ValueError(f"{self.kind}: rope_theta={rope_theta} is not above 0 and finite")
         self.H, self.G, self.K, self.window = num_heads, num_kv_heads, head_width, window
         self.theta, self.rotary_width = rope_theta, rotary_width
         self.q_proj = Linear(hidden_size, num_heads * head_width, bias=bias)
@@ -208,7 +210,8 @@ def _keep_window(q: Tensor, k: Tensor, v: Tensor, span: Span, past: WindowState)
     if T == 1 and borders is None and span.valid is None:
         at = past.slot[:, None]
         here = (sinks + at)[:, None, :, None].expand(-1, G, 1, k.shape[-1])
-        kept_k, kept_v = past.k.scatter(2, here, k), past.v.scatter(2, here, v)
+        # under autocast the new ones may be of another dtype
+        kept_k, kept_v = (old.scatter(2, here, new.to(old.dtype)) for old, new in ((past.k, k), (past.v, v)))
         visible = past.visible.scatter(1, at, True)
         now = visible.new_zeros(visible.shape[0], 1, dtype=torch.int64)
         key = _behind(sinks, visible.long() - 1)
@@ -230,8 +233,9 @@ def _keep_window(q: Tensor, k: Tensor, v: Tensor, span: Span, past: WindowState)
 
 
 def _all_on_cpu(visible: Tensor) -> bool:
-    """Whether every kept key may be seen, so that nothing is masked. A GPU is not asked, it would have to wait."""
-    return visible.device.type == "cpu" and bool(visible.all())
+    """Whether every kept key may be seen, so that nothing is masked. Not asked: a GPU, which would have to wait, and
+    torch.compile, which would have to stop."""
+    return visible.device.type == "cpu" and not torch.compiler.is_compiling() and bool(visible.all())
 
 
 def _documents(visible: Tensor, T: int, borders: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,45 @@
+"""Softmax mixers under torch.compile: training, packed documents, and decoding from a state, each as one graph."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from cases import MIXERS
+
+TRACED = """
+import json, sys
+import torch
+from seqzoo.layers.registry import build
+from seqzoo.layers.span import Span
+
+B, T, D = 2, 23, 16
+torch.manual_seed(0)
+part = build("mixers", json.loads(sys.argv[1]), D)
+for p in part.parameters():
+    torch.nn.init.normal_(p, std=0.3)
+compiled = torch.compile(part, backend="aot_eager", fullgraph=True)
+x, sinks, time = torch.randn(B, T, D), torch.randn(3, D), torch.arange(T).expand(B, -1)
+starts = torch.arange(T) == torch.tensor([[5], [9]])
+span = Span(time - torch.where(starts, time, 0).cummax(1).values, starts=starts)
+near = dict(atol=1e-5, rtol=1e-4)
+for given in (None, span, span._replace(sinks=sinks)):
+    weights = torch.randn(B, T, D)
+    outs = [run(x, given)[0] for run in (compiled, part)]
+    torch.testing.assert_close(*outs, **near)
+    torch.testing.assert_close(*(torch.autograd.grad((o * weights).sum(), part.k_proj.weight) for o in outs), **near)
+with torch.no_grad():
+    state, pieces = part.init_state(B, device=x.device, dtype=x.dtype), []
+    for a, b in ((0, 5), (5, 6), (6, 7), (7, 8), (8, 20), (20, T)):
+        y, state = compiled(x[:, a:b], Span(time[:, a:b], sinks=None if a else sinks), state)
+        pieces.append(y)
+    torch.testing.assert_close(torch.cat(pieces, 1), part(x, Span(time, sinks=sinks))[0], **near)
+"""
+
+
+@pytest.mark.parametrize("name", ["attention", "attention-window", "momentum_attention", "momentum_attention-learned"])
+def test_compiles(name):
+    """In a process without the type checks of tests, which cannot be traced."""
+    spec = json.dumps({"kind": name, **MIXERS[name]})
+    done = subprocess.run([sys.executable, "-c", TRACED, spec], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
