@@ -17,6 +17,7 @@ with "zero_input" zeros stand before it, and it is 1 + gamma times as long). One
 enough for induction, and with queries sheared too the token before the query's ties with the one sought: "k_only".
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -193,6 +194,8 @@ def _strength(gamma: float | None, law_depth: int | None, allow_negative: bool) 
     if law_depth is not None and law_depth < 1:
         raise ValueError(f"momentum_attention: law_depth: expected 1 layer or more, got {law_depth}")
     strength = float(gamma) if law_depth is None else 4.17 * law_depth**-0.74
+    if not math.isfinite(strength):
+        raise ValueError(f"momentum_attention: gamma: expected a finite number, got {gamma}")
     if strength < 0 and not allow_negative:
         raise ValueError(f"momentum_attention: gamma: expected 0 or more, or allow_negative, got {gamma}")
     return strength
