@@ -310,6 +310,23 @@ def test_levels_share_one_table_and_leave_none():
     assert len(rope._PAIRS) == before
 
 
+def test_a_table_is_of_the_positions_as_they_are():
+    """Written over, under inference mode too; and what inference made is no table to learn with."""
+    turns = lambda positions: rope.pair_turns(positions, 8, 65536.0, torch.float32)[0]
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            positions = torch.arange(5)[None].expand(3, -1)
+            before = turns(positions)
+            positions[0].add_(2)
+            assert_close(turns(positions)[:, :-2], before[:, 2:])
+            assert turns(positions) is turns(positions)
+    positions = torch.arange(5)[None]
+    with torch.inference_mode():
+        turns(positions)
+    x = torch.ones(1, 5, 4, requires_grad=True)
+    (x * turns(positions)).sum().backward()
+
+
 def test_phases_far_out_are_exact():
     """At a million tokens fp32 phases would be off by some hundredths."""
     at = 1_000_003
