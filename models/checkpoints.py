@@ -132,9 +132,17 @@ def check_heads(where: str | Path, heads: Mapping[str, Head], expected: Mapping[
 
 
 def check_readable(where: str | Path | None, subfolder: str | None) -> None:
-    """Where it is a folder here and not a name on a hub: that its files are whole. Raises ValueError: `Folder`."""
+    """Where it is a folder here and not a name on a hub: that its files are whole, and int8 what has scales.
+
+    Raises:
+        ValueError: as `Folder`; floats beside scales, of which transformers would cut the fractions off in silence.
+    """
     if where is not None and Path(where).is_dir():
-        Folder(Path(where, subfolder or ""))
+        heads = Folder(Path(where, subfolder or "")).heads
+        for name in heads:
+            weight = name.removesuffix("scales") + "weight"
+            if name.endswith(".scales") and weight in heads and heads[weight].dtype != "I8":
+                raise ValueError(f"{where}: {weight}: expected dtype I8 beside scales, got {heads[weight].dtype}")
 
 
 def check_loaded(where: str, info: Mapping[str, Any], *, shapes: bool) -> None:

@@ -308,6 +308,10 @@ def test_a_file_that_lacks_one_is_refused(drop, tmp_path):
     save_file({**tensors, name: whole[:-1].contiguous()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"{name}: expected shape"):
         SeqZooForCausalLM.from_pretrained(tmp_path)
+    if drop == "weight":  # whose fractions would be cut off
+        save_file({**tensors, name: whole * 0.01}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"{name}: expected dtype I8 beside scales, got F32"):
+            SeqZooForCausalLM.from_pretrained(tmp_path)
 
 
 def test_float_weights_in_a_quantised_folder_are_refused(tmp_path):

@@ -626,6 +626,13 @@ def test_report():
     assert not any(module._forward_pre_hooks for module in ours.modules())
     assert torch.equal(ours(x).logits, truth)
     assert spike_report(ours, dict(input_ids=x, attention_mask=torch.ones_like(x)), window=2)[0]["sparsity"] < 1
+    assert spike_report(ours, dict(inputs_embeds=ours.embed_tokens(x))) == rows
+    packed = torch.arange(15).repeat(2, 2)
+    parts = spike_report(ours, x.view(4, 15))
+    assert [row["spikes"] for row in spike_report(ours, dict(input_ids=x, position_ids=packed))] == pytest.approx(
+        [row["spikes"] for row in parts], rel=1e-3
+    )
+    assert [row["spikes"] for row in rows] != pytest.approx([row["spikes"] for row in parts], rel=1e-3)
 
 
 def test_report_refuses():
