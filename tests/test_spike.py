@@ -651,6 +651,7 @@ def test_report_refuses():
 
 TRACED = """
 import torch
+from seqzoo.kernels.expert_mlp import expert_mlp
 from seqzoo.kernels.spike import spike, spike_linear
 from seqzoo.layers.spike import AdaptiveSpike
 from seqzoo.layers.linear import Linear
@@ -668,6 +669,12 @@ for layer in (SpikingLinear(linear, AdaptiveSpike()), SpikingLinear(linear, Adap
     torch.testing.assert_close(torch.autograd.grad(a.sum(), leaf), torch.autograd.grad(b.sum(), leaf))
 with torch.no_grad():
     torch.testing.assert_close(compiled(x), layer(x))
+
+chosen, weight = torch.randint(0, 4, (9, 2)), torch.rand(9, 2)  # spikes between the experts' matrices
+x, up, down = (torch.randn(s).requires_grad_() for s in ((9, 16), (4, 32, 16), (4, 16, 16)))
+run = lambda *inputs: expert_mlp(inputs[0], chosen, weight, *inputs[1:], AdaptiveSpike()).sum()
+grads = [torch.autograd.grad(f(x, up, down), (x, up, down)) for f in (torch.compile(run, backend="aot_eager"), run)]
+torch.testing.assert_close(*grads)
 """
 
 
@@ -691,6 +698,6 @@ for backend in ("reference", "torch", "cpp"):
 
 @pytest.mark.parametrize("script", [TRACED, pytest.param(BUILT, marks=NEEDS_COMPILER)], ids=["traced", "built"])
 def test_compiles(script):
-    """Traced into one graph, and built of it; in a process without the type checks of tests, which cannot be traced."""
+    """Traced, a layer into one graph, and built of it; in a process without the type checks of tests, which cannot be traced."""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
