@@ -1,8 +1,8 @@
-"""seqzoo-cost PATH: what a model costs, part by part, and what decoding keeps, layer by layer, without building it."""
+"""seqzoo-cost MODEL: what a model costs, part by part, and what decoding keeps, layer by layer, without building it."""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,12 +13,17 @@ from seqzoo.models.convert import architecture, architectures
 from seqzoo.models.cost import CONTEXTS, cost, state_table
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 with one line on stderr where the input is at fault."""
+def main(argv: Sequence[str] | None = None, *, named: Mapping[str, Callable[[], SeqZooConfig]] | None = None) -> int:
+    """Prints both tables. `named`: models that are known by a name.
+
+    Returns the exit status: 0, or 2 with one line on stderr where the input is at fault.
+    """
+    named = named or {}
     parser = argparse.ArgumentParser(prog="seqzoo-cost", description=__doc__)
     parser.add_argument(
-        "path", type=Path, metavar="PATH", help=f"a config.json or its folder, ours or of {', '.join(architectures())}"
-    )
+        "model", metavar="MODEL",
+        help=f"a config.json or its folder, ours or of {', '.join(architectures())}; or one of {', '.join(named)}",
+    )  # fmt: skip
     parser.add_argument(
         "--contexts", type=int, nargs="+", default=list(CONTEXTS), metavar="TOKENS",
         help=f"lengths of a sequence; FLOPs are at the first {list(CONTEXTS)}",
@@ -31,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if min(args.contexts) < 1:
             raise ValueError(f"contexts: expected at least 1 token, got {min(args.contexts)}")
         dtype = getattr(torch, args.dtype)
-        config = load_config(args.path)
+        if args.model not in named and not Path(args.model).exists():
+            raise ValueError(f"expected a config.json, its folder, or one of {list(named)}, got {args.model!r}")
+        config = named[args.model]() if args.model in named else load_config(Path(args.model))
         print(cost_text(config, args.contexts[0], dtype), state_text(config, args.contexts, dtype), sep="\n\n")
     except (ValueError, OSError) as error:
         print(f"seqzoo-cost: {' '.join(str(error).split())}", file=sys.stderr)

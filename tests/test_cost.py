@@ -1,6 +1,7 @@
 """What a model costs: of each part, and that the parts are the whole."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from seqzoo.layers.state import map_state
 from seqzoo.models import SeqZooForCausalLM
 from seqzoo.models.cost import cost, state_table
 from seqzoo.models.cost_table import main, state_text
-from seqzoo.train import model_config
+from seqzoo.train import cost_main, model_config, named_model
 
 
 def model(options, *more):
@@ -110,4 +111,13 @@ def test_the_command_prints_both_tables(tmp_path, capsys):
         assert rows[-1].split()[1] == f"{counted.state_bytes:,}"
     (tmp_path / "config.json").write_text(json.dumps(dict(model_type="other")))
     assert main([str(tmp_path)]) == 2 and "got 'other'" in capsys.readouterr().err
-    assert main([str(tmp_path / "none.json")]) == 2 and "no such file" in capsys.readouterr().err
+    assert main([str(tmp_path / "none.json")]) == 2 and "expected a config.json" in capsys.readouterr().err
+
+
+def test_costs_by_a_models_name(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["seqzoo-cost", "spikingbrain_nano", "--contexts", "100"])
+    assert cost_main() == 0
+    assert capsys.readouterr().out.split("\n\n")[1].strip() == state_text(named_model("spikingbrain_nano"), [100])
+    monkeypatch.setattr("sys.argv", ["seqzoo-cost", "no_such_model"])
+    assert cost_main() == 2
+    assert re.search("one of .*'bdh_nano'.* got 'no_such_model'", capsys.readouterr().err)
