@@ -78,8 +78,6 @@ def _from_positions(positions: Tensor, B: int, T: int, seen: int, valid: Tensor 
     if positions.ndim != 2 or positions.shape[0] not in (1, B) or positions.shape[1] != T:
         raise ValueError(f"position_ids: expected [{B}, {T}], got {list(positions.shape)}")
     positions = positions.expand(B, T)
-    if T == 1 and seen:
-        return Span(positions)
     starts = torch.zeros(B, T, dtype=torch.bool, device=positions.device)
     starts[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
     if seen:

@@ -1,6 +1,7 @@
 """The laws of sink tokens: seen from everywhere, no part of any sequence, run once."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -108,12 +109,14 @@ def test_cut_anywhere(name, cuts, learns):
 
 
 @every
-def test_documents_in_pieces(name):
-    """A document that begins in a later call sees the sinks that the first call brought."""
+@pytest.mark.parametrize("cuts", [[0, 4, 5, 9, 10, 14], [0, 6, 7, 14], range(15)], ids=str)
+def test_documents_in_pieces(name, cuts):
+    """A document that begins in a later call, be it of a token, sees the sinks that the first call brought."""
+    cuts = pairwise(cuts)
     ours, x, positions = model(name), ids(1, 14), torch.tensor([[*range(6), *range(8)]])
     whole = ours(x, position_ids=positions, use_cache=False).logits
     past, pieces = None, []
-    for a, b in ((0, 4), (4, 5), (5, 9), (9, 10), (10, 14)):
+    for a, b in cuts:
         out = ours(x[:, a:b], position_ids=positions[:, a:b], past_key_values=past, use_cache=True)
         past = out.past_key_values
         pieces.append(out.logits)
