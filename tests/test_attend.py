@@ -1,4 +1,4 @@
-"""Softmax mixers under torch.compile: training, packed documents, and decoding from a state, each as one graph."""
+"""What softmax mixers share: biases where they are asked for, and torch.compile, each call as one graph."""
 
 import json
 import subprocess
@@ -6,6 +6,8 @@ import sys
 
 import pytest
 from cases import MIXERS
+
+from seqzoo.layers.registry import build
 
 TRACED = """
 import json, sys
@@ -43,3 +45,13 @@ def test_compiles(name):
     spec = json.dumps({"kind": name, **MIXERS[name]})
     done = subprocess.run([sys.executable, "-c", TRACED, spec], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", ["attention", "momentum_attention"])
+@pytest.mark.parametrize("bias, out_bias, out", [(True, None, True), (False, None, False), (True, False, False)])
+def test_biases(kind, bias, out_bias, out):
+    """out_bias None is as bias."""
+    spec = {**MIXERS[kind], "kind": kind, "bias": bias, "out_bias": out_bias, "output_gate": True}
+    part = build("mixers", spec, 16)
+    inputs = (part.q_proj, part.k_proj, part.v_proj, part.gate_proj)
+    assert all((proj.bias is not None) == bias for proj in inputs) and (part.out_proj.bias is not None) == out

@@ -60,6 +60,7 @@ SHAPES = {
     "sinks, past, window": (1, 6, 2, 90, 700, 6, 5, 32, None, 101),
     "sinks, one query": (2, 4, 2, 1, 700, 33, 21, None, None, 40),
     "sinks, one query in a window": (2, 4, 2, 1, 1400, 16, 24, 100, None, 130),
+    "sinks, one query in a window wider than all": (2, 4, 2, 1, 60, 16, 24, 100, None, 13),
     "sinks, few queries in a window": (2, 4, 2, 3, 700, 16, 24, 50, None, 3),
     "sinks, some queries in a window": (1, 4, 2, 15, 1500, 16, 24, 50, None, 100),
     "sinks, documents": (2, 4, 2, 257, 270, 6, 5, None, 20, 13),
