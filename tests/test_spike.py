@@ -698,6 +698,6 @@ for backend in ("reference", "torch", "cpp"):
 
 @pytest.mark.parametrize("script", [TRACED, pytest.param(BUILT, marks=NEEDS_COMPILER)], ids=["traced", "built"])
 def test_compiles(script):
-    """Traced, a layer into one graph, and built of it; in a process without the type checks of tests, which cannot be traced."""
+    """A layer is one graph, and what is built of it right; without the tests' type checks, which cannot be traced."""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
