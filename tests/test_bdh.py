@@ -2,6 +2,8 @@
 
 import gc
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -365,3 +367,33 @@ def test_memory_of_backward_is_of_the_model_width():
         )  # fmt: skip
     tables = 2 * T * N // 2
     assert sum(kept) - tables < B * H * T * N / 2
+
+
+TRACED = """
+import sys
+import torch
+from seqzoo.kernels.dispatch import use_backend
+from seqzoo.layers.blocks.bdh import BDH
+
+torch.manual_seed(0)
+for backend, residual in (("torch", "model"), ("torch", "neuron"), ("cpp", "model"))[:int(sys.argv[1])]:
+    block = BDH(6, num_heads=2, neurons=20, levels=2, residual=residual)
+    for p in block.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    compiled, v = torch.compile(block, backend="aot_eager", fullgraph=True), torch.randn(2, 9, 6)
+    state = lambda: block.init_state(2, device=v.device, dtype=v.dtype)
+    with use_backend(backend):
+        (u, _, stats), (u_, _, stats_) = compiled(v), block(v)
+        torch.testing.assert_close((u, stats), (u_, stats_))
+        grads = [torch.autograd.grad((x**3).sum(), list(block.parameters())) for x in (u, u_)]
+        torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(v, None, state())[1], block(v, None, state())[1])
+"""
+
+
+def test_is_one_graph_of_torch_compile():
+    """Levels, their gradients and the state; in a process without the type checks of tests."""
+    backends = str(3 if native.available() else 2)
+    done = subprocess.run([sys.executable, "-c", TRACED, backends], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
