@@ -74,6 +74,27 @@ def test_state_dict_in_memory(prefix):
     assert_close(ours.eval()(ids).logits, wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ladders_of_merged_models_are_seen(prefix, dtype, tmp_path):
+    """Two models merged with the released recipe, or frequencies of another kind: no folder is read as one ladder."""
+    parts = released(prefix), released(prefix)
+    both = lambda name, dim: torch.cat([part[prefix + name] for part in parts], dim=dim)
+    merged = {**parts[0], prefix + "encoder": both("encoder", 2), prefix + "encoder_v": both("encoder_v", 2)}
+    decoder = torch.cat([part[prefix + "decoder"].unflatten(0, (H, N)) for part in parts], dim=1).flatten(0, 1)
+    merged |= {prefix + "decoder": decoder, prefix + "attn.freqs": both("attn.freqs", 3)}
+    merged = {name: x.to(dtype) for name, x in merged.items()}
+    ours = bdh.from_bdh_state_dict(merged, num_layers=3)
+    assert ours.config.blocks["bdh"]["ladders"] == 2
+    (tmp_path / "config.json").write_text(json.dumps(dict(CONFIG, model_type="bdh", mlp_internal_dim_multiplier=8)))
+    others = merged | {prefix + "attn.freqs": 2 * merged[prefix + "attn.freqs"]}
+    for tensors, message in ((merged, "attn.freqs: expected 1 ladder, got 2"), (others, "attn.freqs: expected ladders")):
+        save_file(tensors, tmp_path / "model.safetensors")
+        for dry_run in (True, False):
+            with pytest.raises(ValueError, match=message):
+                convert(tmp_path, tmp_path / "ours", dry_run=dry_run)
+
+
 def test_says_what_is_wrong(tmp_path):
     theirs = released()
     with pytest.raises(ValueError, match="state dict: expected .* got"):

@@ -5,6 +5,7 @@ An architecture is a file here: its name is the `model_type` of a config.json. I
     rows(SeqZooConfig, their names) -> rows     KEPT, a regex of their tensors that ours has no room for
 and, where some of those follow from the config,
     added(SeqZooConfig) -> name: tensor         for a folder that has not kept them
+    check_kept(SeqZooConfig, name: tensor)      raises ValueError where a folder's own are others
 """
 
 import pkgutil

@@ -124,6 +124,18 @@ def added(ours: SeqZooConfig) -> dict[str, Tensor]:
     return {"attn.freqs": _frequencies(spec["neurons"] // spec["num_heads"], spec["ladders"])}
 
 
+def check_kept(ours: SeqZooConfig, kept: Mapping[str, Tensor]) -> None:
+    """Raises ValueError: frequencies that are not the one ladder of a config.json; it has no word for several."""
+    spec = _spec(ours)
+    for name, freqs in kept.items():
+        found = _ladders(freqs, spec["neurons"] // spec["num_heads"])
+        if found != spec["ladders"]:
+            raise ValueError(
+                f"{name}: expected {spec['ladders']} ladder, got {found}, as of merged models; "
+                "from_bdh_state_dict reads them"
+            )
+
+
 def from_bdh_state_dict(
     state_dict: Mapping[str, Tensor], *, num_layers: int, dropout: float = 0.0
 ) -> SeqZooForCausalLM:
@@ -181,10 +193,10 @@ def _frequencies(neurons: int, ladders: int) -> Tensor:
 
 
 def _ladders(freqs: Tensor, neurons: int) -> int:
-    """How many there are beside each other."""
-    got = freqs.detach().cpu().float().flatten()
+    """How many there are beside each other, as exactly as their dtype can say."""
+    got, near = freqs.detach().cpu().float().flatten(), max(1e-5, torch.finfo(freqs.dtype).eps)
     fits = [n for n in range(1, neurons // 2 + 1) if neurons % (2 * n) == 0 and got.numel() == neurons
-            and torch.allclose(got, _frequencies(neurons, n).flatten(), rtol=1e-5, atol=0)]  # fmt: skip
+            and torch.allclose(got, _frequencies(neurons, n).flatten(), rtol=near, atol=0)]  # fmt: skip
     if not fits:
         raise ValueError(f"attn.freqs: expected ladders of theta {_THETA:.0f} for {neurons} neurons, got others")
     return fits[0]

@@ -45,6 +45,8 @@ def to_ours(src: Path, kind: Any, max_shard_size: int) -> Plan:
     made = {name: head for step in steps for name, head in step.heads.items()}
     used = {name for step in steps for name in step.sources}
     extra = {name: head._replace(file=EXTRA) for name, head in source.heads.items() if name not in used}
+    if hasattr(theirs, "check_kept"):
+        theirs.check_kept(config, {name: source.read(name) for name in extra})
     heads = {**checkpoints.place(made, max_shard_size), **extra}
     texts = {"config.json": config.to_json_string(), RECORD: Origin.of(kind, source).text()}
     report = _report((kind, "seqzoo"), steps, source.heads, extra, src, source.files)
