@@ -88,10 +88,10 @@ def test_ladders_of_merged_models_are_seen(prefix, dtype, tmp_path):
     assert ours.config.blocks["bdh"]["ladders"] == 2
     (tmp_path / "config.json").write_text(json.dumps(dict(CONFIG, model_type="bdh", mlp_internal_dim_multiplier=8)))
     others = merged | {prefix + "attn.freqs": 2 * merged[prefix + "attn.freqs"]}
-    for tensors, message in ((merged, "attn.freqs: expected 1 ladder, got 2"), (others, "attn.freqs: expected ladders")):
+    for tensors, message in ((merged, "expected 1 ladder, got 2"), (others, "expected ladders of theta")):
         save_file(tensors, tmp_path / "model.safetensors")
         for dry_run in (True, False):
-            with pytest.raises(ValueError, match=message):
+            with pytest.raises(ValueError, match=f"attn.freqs: {message}"):
                 convert(tmp_path, tmp_path / "ours", dry_run=dry_run)
 
 
