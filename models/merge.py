@@ -4,6 +4,7 @@ What has no neurons (embeddings, head) is averaged. Meant for models tuned from 
 Source: Kosowski et al. 2025, arXiv 2509.26507, section on merging.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -13,13 +14,13 @@ from seqzoo.models.config import SeqZooConfig
 
 
 def merge_neurons(models: Sequence[SeqZooForCausalLM]) -> SeqZooForCausalLM:
-    """A model with the neurons of all of these; its dtype and device are the first one's.
+    """A model with the neurons of all of these; its dtype, device and generation config are the first one's.
 
     A model merged with itself is itself, up to the eps of its layer norms. Merge all at once: of what is averaged, a
     merged model's share would count as one model's.
 
     Raises:
-        ValueError: fewer than two, configs that differ in more than neurons, or blocks that cannot be joined.
+        ValueError: fewer than two, configs that differ in more than neurons, blocks that cannot be joined, or int8.
     """
     if len(models) < 2:
         raise ValueError(f"merge_neurons: expected two models or more, got {len(models)}")
@@ -27,12 +28,15 @@ def merge_neurons(models: Sequence[SeqZooForCausalLM]) -> SeqZooForCausalLM:
     merged = SeqZooForCausalLM(config).to(device=models[0].device, dtype=models[0].dtype)
     states, values = [model.state_dict() for model in models], {}
     for name, x in states[0].items():
+        if not x.is_floating_point():  # int8 weights: no mean of theirs fits a mean of their scales
+            raise ValueError(f"merge_neurons: {name}: expected a floating dtype, got {x.dtype}; merge, then quantise")
         if not name.startswith("stack.blocks."):
             values[name] = (sum(state[name].to(x.device).double() for state in states) / len(states)).to(x.dtype)
     for i in range(len(models[0].stack.blocks)):
         blocks = [model.stack.blocks[i].to(models[0].device) for model in models]
         values |= {f"stack.blocks.{i}.{name}": x for name, x in blocks[0].joined(blocks).items()}
     merged.load_state_dict(values)
+    merged.generation_config = copy.deepcopy(models[0].generation_config)  # training wrote there where a text ends
     return merged.train(models[0].training)
 
 

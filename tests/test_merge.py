@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from seqzoo.models.convert.bdh import from_bdh_state_dict
 from seqzoo.models.merge import merge_neurons
+from seqzoo.models.quantise import quantise
 
 
 @pytest.mark.parametrize("times", [2, 3])
@@ -66,6 +67,13 @@ def test_merged_as_the_paper_merges_it():
     assert_close(read(ids).logits, merge_neurons([one, other])(ids).logits)
 
 
+def test_a_text_ends_where_the_first_ends():
+    """Training writes the marks of its tokenizer into the generation config, not into the config."""
+    one, other = small(), small()
+    one.generation_config.eos_token_id = 7
+    assert merge_neurons([one, other]).generation_config.eos_token_id == 7
+
+
 def test_says_what_cannot_be_merged():
     ours = small()
     with pytest.raises(ValueError, match="expected two models or more, got 1"):
@@ -76,3 +84,6 @@ def test_says_what_cannot_be_merged():
         merge_neurons([ours, small(dropout=0.1)])
     with pytest.raises(ValueError, match="bdh: expected ladders of one length"):
         merge_neurons([ours, small(neurons=96)])
+    whole = quantise(small(hidden_size=16, neurons=64), group=16, head=True, skip=["encoder", "decoder"])
+    with pytest.raises(ValueError, match="lm_head.weight: expected a floating dtype, got torch.int8"):
+        merge_neurons([whole, whole])
