@@ -4,9 +4,9 @@
     python -m seqzoo.benchmarks.bench_bdh --peer bdh.py        # a released file beside both
 
 `plain` is the published formulas in torch: all pairs of tokens at once, phases in fp32 and anew in every level, the
-whole prefix again for every token decoded. A step is forward, loss and backward, without dropout. Equal losses are
-checked first. Rates are of CPU seconds too, which others on the machine disturb less. The memory of a step is what one
-alone adds to the peak of a fresh process.
+whole prefix again for every token decoded. A step is forward, loss and backward, without dropout. That gradients are
+equal is checked first, losses again at each length. Rates are of CPU seconds too, which others on the machine disturb
+less. The memory of a step is what one alone adds to the peak of a fresh process.
 """
 
 import argparse
@@ -44,8 +44,7 @@ class Plain(nn.Module):
         self.encoder, self.encoder_v = draw(n_head, n_embd, N), draw(n_head, n_embd, N)
         self.decoder, self.lm_head = draw(n_head * N, n_embd), draw(n_embd, vocab_size)
         self.attn = nn.Module()
-        rate = 65536.0 ** -(torch.arange(N) // 2 * 2 / N) / (2 * torch.pi)
-        self.attn.register_buffer("freqs", rate.view(1, 1, 1, N))
+        self.attn.register_buffer("freqs", _turns_per_token(N).float())
 
     def forward(self, ids: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         norm = lambda x: F.layer_norm(x, x.shape[-1:])
@@ -60,6 +59,11 @@ class Plain(nn.Module):
             v = norm(v + norm(z.transpose(1, 2).flatten(2)[:, None] @ self.decoder))
         logits = v[:, 0] @ self.lm_head
         return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def _turns_per_token(N: int) -> Tensor:
+    """[1, 1, 1, N] fp64: the frequencies, of which the released are the fp32."""
+    return (65536.0 ** -(torch.arange(N, dtype=torch.float64) // 2 * 2 / N) / (2 * torch.pi)).view(1, 1, 1, N)
 
 
 class Row(NamedTuple):
@@ -94,6 +98,54 @@ def models(peer: str | None) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
         theirs.load_state_dict(plain.state_dict())
         each["released"] = lambda ids, targets: theirs(ids, targets)[1]
     return each
+
+
+def check(draws: int = 4, T: int = 256) -> dict[str, float]:
+    """How far ours is from plain in fp64 with fp64's phases: of each weight's gradient, as a share of its norm.
+
+    `fp64`: ours in fp64, the same formulas, so only rounding. `fp32`: ours as timed, of draws where every level counts
+    as many active neurons as in fp64. `flipped`: of the other draws. There some x or y is within rounding of 0 and
+    falls on the other side of its relu; one among millions moves a gradient by 1e-6 to some 1e-3 of its norm. The fp32
+    phases of plain and of a released file flip some too: that is why their gradients are as far from ours.
+
+    Raises:
+        ValueError: farther than that explains, or flips in every draw.
+    """
+    far: dict[str, list[float]] = dict(fp64=[], fp32=[], flipped=[])
+    for seed in range(draws):
+        torch.manual_seed(seed)
+        plain, (ids, targets) = Plain(**SIZES), torch.randint(256, (2, 1, T))
+        weights = {name: x.clone() for name, x in plain.state_dict().items()}
+        plain.double().attn.freqs = _turns_per_token(plain.encoder.shape[2])
+        plain(ids, targets)[1].backward()
+        wanted = {name: x.grad for name, x in plain.named_parameters()}
+        exact, active = _gradients(weights, torch.float64, ids, targets)
+        single, counted = _gradients(weights, torch.float32, ids, targets)
+        share = lambda got, wanted=wanted: max(((got[n] - x).norm() / x.norm()).item() for n, x in wanted.items())
+        far["fp64"].append(share(exact))
+        far["fp32" if counted == active else "flipped"].append(share(single))
+    worst = {name: max(values, default=float("nan")) for name, values in far.items()}
+    if not (worst["fp64"] < 1e-9 and worst["fp32"] < 1e-5) or worst["flipped"] > 0.03:
+        raise ValueError(f"gradients: expected fp64 within 1e-9, fp32 1e-5, flipped 0.03 of plain's, got {worst}")
+    return worst
+
+
+def _gradients(
+    weights: dict[str, Tensor], dtype: torch.dtype, ids: Tensor, targets: Tensor
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Ours, by the released names and as they lie; and how many x and x * y each level counts."""
+    model = from_bdh_state_dict(weights, num_layers=SIZES["n_layer"]).to(dtype)
+    out = model(ids, use_cache=False)
+    F.cross_entropy(out.logits.flatten(0, 1), targets.flatten()).backward()  # transformers' is in fp32
+    block = model.stack.blocks[0]
+    grads = {
+        "embed.weight": model.embed_tokens.weight.grad,
+        "encoder": block.encoder.grad.mT,
+        "encoder_v": block.encoder_v.grad.mT,
+        "decoder": block.decoder.grad.flatten(0, 1),
+        "lm_head": model.lm_head.weight.grad.T,
+    }
+    return grads, [float(level[name]) for level in out.stats for name in ("x", "xy")]
 
 
 def batch(B: int, T: int) -> tuple[Tensor, Tensor]:
@@ -177,9 +229,10 @@ def decode(prefixes: list[int], tokens: int) -> list[dict[str, float]]:
     return rows
 
 
-def table(rows: list[Row], decoded: list[dict[str, float]]) -> str:
+def table(rows: list[Row], decoded: list[dict[str, float]], far: dict[str, float]) -> str:
     """In Markdown; ratios are to ours, of CPU seconds."""
     lines = [f"{machine()}; {SIZES}; no dropout, fp32", ""]
+    lines += ["Gradients beside plain's in fp64 (`check`): " + ", ".join(f"{k} {v:.0e}" for k, v in far.items()), ""]
     lines += ["| tokens | | tokens/s | tokens/CPU-s | forward, tokens/CPU-s | ours is faster | MiB a step adds |"]
     lines += ["|---|---|---|---|---|---|---|"]
     ours = {row.tokens: row for row in rows if row.who == "ours"}
@@ -208,13 +261,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="results go to OUT.md and OUT.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    far = check()
+    print(far, flush=True)
     rows = train(args.batch, args.tokens, args.rounds, args.threads, args.peer)
     decoded = decode(args.decode, args.decoded)
-    text = table(rows, decoded)
+    text = table(rows, decoded, far)
     print(text)
     if args.out:
         args.out.with_suffix(".md").write_text(text)
-        content = dict(machine=machine(), sizes=SIZES, training=[row._asdict() for row in rows], decoding=decoded)
+        content = dict(machine=machine(), sizes=SIZES, gradients=far, decoding=decoded)
+        content["training"] = [row._asdict() for row in rows]
         args.out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
 
 
