@@ -15,6 +15,7 @@ Source: Kosowski et al. 2025, arXiv 2509.26507; the code released with it for wh
 that the paper asks for in long contexts is `decay`: e^-decay is kept per token and head.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -66,17 +67,20 @@ class BDH(nn.Module):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        for name, size in dict(num_heads=num_heads, levels=levels, ladders=ladders).items():
-            if size < 1:
-                raise ValueError(f"bdh: {name}: expected at least 1, got {size}")
-        if neurons < 1 or neurons % (2 * num_heads * ladders):
+        for name, size in dict(num_heads=num_heads, neurons=neurons, levels=levels, ladders=ladders).items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"bdh: {name}: expected a whole number, at least 1, got {size!r}")
+        if neurons % (2 * num_heads * ladders):
             raise ValueError(f"bdh: neurons: expected pairs for {num_heads} heads x {ladders} ladders, got {neurons}")
         if residual not in ("model", "neuron"):
             raise ValueError(f"bdh: residual: expected 'model' or 'neuron', got {residual!r}")
-        if decay is not None and (len(decay) != num_heads or min(decay) < 0):
+        if decay is not None and not (isinstance(decay, list) and len(decay) == num_heads and all(map(_fades, decay))):
             raise ValueError(f"bdh: decay: expected {num_heads} numbers from 0 on, one per head, got {decay}")
-        if not 0 <= dropout < 1:
+        if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
             raise ValueError(f"bdh: dropout: expected 0 to less than 1, got {dropout}")
+        for name, value in dict(rope_theta=rope_theta, norm_eps=norm_eps).items():
+            if not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise ValueError(f"bdh: {name}: expected more than 0, got {value!r}")
         self.D, self.H, self.N, self.levels = hidden_size, num_heads, neurons // num_heads, levels
         self.residual, self.decay, self.dropout = residual, decay, dropout
         self.theta, self.ladders, self.norm_eps = rope_theta, ladders, norm_eps
@@ -170,6 +174,10 @@ class BDH(nn.Module):
 
     def after_step(self, stats: dict[str, Tensor]) -> None:
         """Nothing to move."""
+
+
+def _fades(decay: object) -> bool:
+    return isinstance(decay, int | float) and 0 <= decay < math.inf
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
