@@ -439,7 +439,7 @@ def test_bad_configs(change, message):
         ("k", lambda x: x[..., 1:], r"k: expected shape \(2, 23, 2, 3\), got \(2, 23, 2, 2\)"),
         ("v", lambda x: x[:1], "k: expected shape|v: expected shape"),
         ("scale", lambda x: x[1:], r"scale: expected shape \(4,\), got \(3,\)"),
-        ("starts", lambda x: x.int(), "starts: expected torch.bool, got torch.int32"),
+        ("starts", lambda x: x.int(), "starts: expected bool, got torch.int32"),
         ("valid", lambda x: x[:, 1:], "valid: expected shape"),
         ("state", lambda x: x._replace(memory=x.memory[:, :, 1:]), "state.memory: expected shape"),
         ("state", lambda x: x._replace(tokens=x.tokens.float()), "state.tokens: expected torch.int64"),

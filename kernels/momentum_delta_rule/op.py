@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from seqzoo.kernels.checks import check_tensors
 from seqzoo.kernels.dispatch import choose
 from seqzoo.kernels.momentum_delta_rule.chunked import momentum_delta_rule_chunked
 from seqzoo.kernels.momentum_delta_rule.reference import momentum_delta_rule_reference
@@ -67,15 +68,7 @@ def _check(q: Tensor, v: Tensor, p: Tensor, **others: Tensor | None) -> None:
     for name, heads in dict(q=H, p=HP).items():
         if HV % heads:
             raise ValueError(f"momentum_delta_rule: v: expected a multiple of {name}'s {heads} heads, got {HV}")
-    shapes = dict(q=q.shape, v=(B, T, HV, V), p=(B, T, HP, K), k=q.shape, state=(B, HV, 2, K, V), starts=(B, T))
-    for name, x in dict(q=q, v=v, p=p, **others).items():
-        if x is None:
-            continue
-        shape = shapes.get(name, (B, T, HV))
-        if x.shape != shape:
-            raise ValueError(f"momentum_delta_rule: {name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
-        if x.device != q.device:
-            raise ValueError(f"momentum_delta_rule: {name}: expected q's device {q.device}, got {x.device}")
-        if (x.dtype != torch.bool) if name == "starts" else not x.is_floating_point():
-            kind = "bool" if name == "starts" else "a floating dtype"
-            raise ValueError(f"momentum_delta_rule: {name}: expected {kind}, got {x.dtype}")
+    shapes = dict(k=q.shape, state=(B, HV, 2, K, V), starts=(B, T))
+    expected = dict(q=(q, q.shape), v=(v, (B, T, HV, V)), p=(p, (B, T, HP, K)))
+    expected |= {name: (x, shapes.get(name, (B, T, HV))) for name, x in others.items()}
+    check_tensors("momentum_delta_rule", expected, like="q")

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from seqzoo.kernels.checks import KINDS, check_tensors
 from seqzoo.kernels.dispatch import choose
 from seqzoo.kernels.ovq_attention import cpp
 from seqzoo.kernels.ovq_attention.chunked import ovq_attention_chunked
@@ -76,13 +77,4 @@ def _check(
         N, C = rule.slots, rule.chunk
         shapes = ((B, G, N, K + V), (B, G, N), (B, C - 1, G, K + V), (B,))
         wanted |= {f"state.{name}": x for name, *x in zip(state._fields, state, shapes, strict=True)}
-    for name, (x, shape) in wanted.items():
-        if x is None:
-            continue
-        if x.shape != shape:
-            raise ValueError(f"ovq_attention: {name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
-        if x.device != q.device:
-            raise ValueError(f"ovq_attention: {name}: expected q's device {q.device}, got {x.device}")
-        kind = {"starts": torch.bool, "valid": torch.bool, "state.tokens": torch.int64}.get(name)
-        if x.dtype != kind and (kind or not x.is_floating_point()):
-            raise ValueError(f"ovq_attention: {name}: expected {kind or 'a floating dtype'}, got {x.dtype}")
+    check_tensors("ovq_attention", wanted, like="q", kinds=KINDS | {"state.tokens": torch.int64})

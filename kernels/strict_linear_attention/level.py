@@ -6,10 +6,10 @@ Everything of the width of all neurons is inside, so that a backend need not eve
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from seqzoo.kernels.checks import check_tensors
 from seqzoo.kernels.dispatch import choose
 from seqzoo.kernels.strict_linear_attention import level_cpp
 from seqzoo.kernels.strict_linear_attention.chunked import strict_linear_attention_chunked
-from seqzoo.kernels.strict_linear_attention.op import check_shapes
 from seqzoo.kernels.strict_linear_attention.reference import level_of, strict_linear_attention_reference
 
 LEVELS = {
@@ -70,8 +70,12 @@ def _check(v, encoder, gate, decoder, cos, sin, state, starts, decay, passed, x_
         )
     (B, T, D), (H, N, _) = v.shape, encoder.shape
     turns = (B if cos.shape[0] == B else 1, T, N // 2)
-    check_shapes(
-        "bdh_level", v.device, v=(v, v.shape), encoder=(encoder, (H, N, D)), gate=(gate, (H, N, D)),
-        decoder=(decoder, (H, N, D)), cos=(cos, turns), sin=(sin, turns), state=(state, (B, H, N, D)),
-        starts=(starts, (B, T)), decay=(decay, (H,)), passed=(passed, (B, H, N, T)), x_before=(x_before, (B, H, T, N)),
+    check_tensors(
+        "bdh_level",
+        dict(
+            v=(v, v.shape), encoder=(encoder, (H, N, D)), gate=(gate, (H, N, D)), decoder=(decoder, (H, N, D)),
+            cos=(cos, turns), sin=(sin, turns), state=(state, (B, H, N, D)), starts=(starts, (B, T)),
+            decay=(decay, (H,)), passed=(passed, (B, H, N, T)), x_before=(x_before, (B, H, T, N)),
+        ),
+        like="v",
     )  # fmt: skip

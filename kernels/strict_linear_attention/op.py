@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from seqzoo.kernels.checks import check_tensors
 from seqzoo.kernels.dispatch import choose
 from seqzoo.kernels.strict_linear_attention import cpp
 from seqzoo.kernels.strict_linear_attention.chunked import strict_linear_attention_chunked
@@ -57,19 +58,8 @@ def _check(r: Tensor, v: Tensor, state: Tensor | None, starts: Tensor | None, de
     (B, T, H, N), (G, D) = r.shape, v.shape[2:]
     if H % G:
         raise ValueError(f"strict_linear_attention: v: expected a number of heads that divides r's {H}, got {G}")
-    check_shapes("strict_linear_attention", v.device, v=(v, v.shape), r=(r, r.shape), state=(state, (B, H, N, D)),
-                 starts=(starts, (B, T)), decay=(decay, (H,)))  # fmt: skip
-
-
-def check_shapes(op: str, device: torch.device, **expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
-    """Raises ValueError: a shape, a dtype (bool for starts and passed, else floating) or a device that is another."""
-    for name, (x, shape) in expected.items():
-        if x is None:
-            continue
-        if x.shape != shape:
-            raise ValueError(f"{op}: {name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
-        if x.device != device:
-            raise ValueError(f"{op}: {name}: expected v's device {device}, got {x.device}")
-        wants_bool = name in ("starts", "passed")
-        if (x.dtype != torch.bool) if wants_bool else not x.is_floating_point():
-            raise ValueError(f"{op}: {name}: expected {'bool' if wants_bool else 'a floating dtype'}, got {x.dtype}")
+    check_tensors(
+        "strict_linear_attention",
+        dict(v=(v, v.shape), r=(r, r.shape), state=(state, (B, H, N, D)), starts=(starts, (B, T)), decay=(decay, (H,))),
+        like="v",
+    )
