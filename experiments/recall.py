@@ -108,17 +108,12 @@ def draw(figure, found: dict[str, list[dict]], task: dict) -> None:
         mean_at = {n: 100 * mean([r["accuracy"][str(n)] for r in results]) for n in task["test_pairs"]}
         by_pairs.plot(mean_at.keys(), mean_at.values(), label=model, **style)
         by_bytes.plot(results[0]["state_bytes"], mean_at[hardest(task)], **style)
-        by_bytes.annotate(
-            model, (results[0]["state_bytes"], mean_at[hardest(task)]), xytext=(4, 4), textcoords="offset points",
-            fontsize=7,
-        )  # fmt: skip
     by_pairs.axvspan(hardest(task), max(task["test_pairs"]), color="gray", alpha=0.1, label="more than was taught")
     by_pairs.set_xscale("log", base=2)
     by_pairs.set(xlabel="pairs in a sequence", ylabel="accuracy [%]", xticks=task["test_pairs"])
     by_pairs.set_xticklabels(task["test_pairs"])
-    by_pairs.legend(fontsize=7)
+    by_bytes.legend(*by_pairs.get_legend_handles_labels(), fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     by_bytes.set_xscale("log")
-    by_bytes.margins(x=0.15)  # room for names
     by_bytes.set(xlabel=f"state after {tokens(task, max(task['test_pairs']))} tokens [bytes, fp32]")
     by_bytes.set_title(f"{hardest(task)} pairs", fontsize=9)
     for axes in (by_pairs, by_bytes):
