@@ -111,6 +111,16 @@ def test_sparse_steps_are_the_dense_level(quiet):
     assert torch.equal(counted, truth[2])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("weight", [1, 2, 3], ids=["encoder", "gate", "decoder"])
+def test_nan_is_not_hidden(weight, backend):
+    """By a relu least of all: a weight that is not finite shows, or training would go on over a dead neuron."""
+    inputs = level_inputs(40, 6, 5)
+    inputs[weight][0, 3] = math.nan
+    with use_backend(backend):
+        assert bdh_level(*inputs)[0].isnan().any()
+
+
 @NEEDS_COMPILER
 @pytest.mark.parametrize("T", [3, 150])
 def test_same_bits_alone_and_in_a_batch(T):

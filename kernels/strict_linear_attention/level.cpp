@@ -31,7 +31,7 @@ namespace {
 constexpr int SEGMENT = 8;  // chunks
 
 const Vec ZERO{};
-inline Vec positive(Vec x) { return x > ZERO ? x : ZERO; }
+inline Vec positive(Vec x) { return x < ZERO ? ZERO : x; }  // NaN stays
 
 bool is_fresh(const Call& a, int64_t b, int64_t t) {
   return (a.starts && a.starts[b * a.T + t]) || (t == 0 && !a.has_state);
