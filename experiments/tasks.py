@@ -56,7 +56,10 @@ def stream(batch: int, pairs: int, vocab: int, *, generator: Generator) -> tuple
 
 
 def repeat(batch: int, length: int, vocab: int, *, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Induction: different tokens in random order, and then the same again; asked is every one but the first of them.
+    """Induction: different tokens in random order, and then the same again, all but one, from another of them on.
+
+    Asked is what followed each the first time, so not of the last. Where the second round begins is drawn for each row:
+    if it were always the first token, every answer would stand at one distance, and positions alone would find it.
 
     Raises:
         ValueError: more places than tokens.
@@ -64,9 +67,11 @@ def repeat(batch: int, length: int, vocab: int, *, generator: Generator) -> tupl
     if length > vocab - 1:
         raise ValueError(f"length: expected at most vocab - 1 = {vocab - 1}, got {length}")
     once = 1 + torch.rand(batch, vocab - 1, generator=generator).argsort(1)[:, :length]
-    ids = torch.cat([once, once[:, :-1]], 1)
+    place = (torch.randint(length, (batch, 1), generator=generator) + torch.arange(length - 1)) % length
+    again, followers = once.gather(1, place), once.gather(1, (place + 1) % length)
+    ids = torch.cat([once, again], 1)
     targets = torch.full_like(ids, NOTHING)
-    targets[:, length:] = once[:, 1:]
+    targets[:, length:] = followers.masked_fill(place == length - 1, NOTHING)
     return ids, targets
 
 

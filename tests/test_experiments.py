@@ -137,18 +137,26 @@ def test_stream_asks_every_key_at_its_age():
         assert all((a == 0) == (target < 0) for a, target in zip(old, asked, strict=True))
 
 
-def test_repeat_asks_all_but_the_first_token_again():
-    ids, targets = tasks.repeat(3, 5, 9, generator=generator())
-    assert ids.shape == (3, 9) and (ids[:, 5:] == ids[:, :4]).all() and (ids > 0).all()
-    assert (targets[:, :5] == -1).all() and (targets[:, 5:] == ids[:, 1:5]).all()
-    assert all(len(set(row[:5])) == 5 for row in ids.tolist())
+def test_repeat_asks_what_followed_and_not_at_one_distance():
+    ids, targets = tasks.repeat(40, 5, 9, generator=generator())
+    assert ids.shape == (40, 9) and (ids > 0).all() and (targets[:, :5] == -1).all()
+    distances = set()
+    for row, asked in zip(ids.tolist(), targets.tolist(), strict=True):
+        assert len(set(row[:5])) == 5
+        distances.add(5 - row.index(row[5]))
+        for token, target in zip(row[5:], asked[5:], strict=True):
+            first = row.index(token)
+            assert target == (-1 if first == 4 else row[first + 1])
+    assert distances == {1, 2, 3, 4, 5}
 
 
 def test_apart_puts_nothing_between():
     ids, targets = tasks.repeat(3, 5, 9, generator=generator())
     wide, asked = tasks.apart(ids, targets, 3)
     assert wide.shape == (3, 27) and not wide[:, 1::3].any() and not wide[:, 2::3].any()
-    assert (wide[:, ::3] == ids).all() and (asked[:, ::3] == targets).all() and (asked >= 0).sum() == 3 * 4
+    assert (
+        (wide[:, ::3] == ids).all() and (asked[:, ::3] == targets).all() and (asked >= 0).sum() == (targets >= 0).sum()
+    )
 
 
 @pytest.mark.parametrize(
