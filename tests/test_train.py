@@ -420,7 +420,15 @@ def test_many_such_steps_end_the_run(tmp_path, monkeypatch):
 # Ends
 
 
-def test_the_first_signal_is_noted_and_the_second_ends():
+@pytest.fixture
+def heeds_ctrl_c():
+    """Python's own handler, which a process that a shell started in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_first_signal_is_noted_and_the_second_ends(heeds_ctrl_c):
     with StopRequest() as stop:
         assert stop.received is None
         os.kill(os.getpid(), signal.SIGINT)
