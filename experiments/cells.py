@@ -37,11 +37,11 @@ def run_cells(
     cells = json.loads(json.dumps(cells))  # as it will be read again
     before = json.loads(path.read_text())["cells"] if path.exists() else {}
     done = {name: before[name] for name in cells if name in before and before[name]["given"] == cells[name]}
-    todo = {name: given for name, given in cells.items() if name not in done}
+    missing = {name: given for name, given in cells.items() if name not in done}
     others = {name: cell for name, cell in before.items() if name not in cells} if keep_others else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, dict(cells=done | others))
-    for name, result in _each(function, todo, workers):
+    for name, result in _each(function, missing, workers):
         done[name] = dict(given=cells[name], result=json.loads(json.dumps(result)))  # as it will be read again
         _write(path, dict(cells={name: done[name] for name in cells if name in done} | others))
         print(f"{len(done)}/{len(cells)}  {name}", file=sys.stderr, flush=True)
