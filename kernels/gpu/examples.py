@@ -1,6 +1,6 @@
 """The calls that stand for an op's shape classes: what is compiled without a GPU, tuned on one, and counted for bytes.
 
-An op with Triton kernels has a `gpu.py` with
+An op with Triton kernels has a `gpu.py`, and where it decodes in place a `step.py`, with
 
     def examples(make) -> Iterator[tuple[str, Callable[[], object]]]
 
@@ -17,10 +17,12 @@ from torch import Tensor
 
 from seqzoo.kernels.gpu.tuned import KERNELS
 
+FILES = ("gpu", "step")
+
 
 def ops() -> list[str]:
     """The folders that have Triton kernels."""
-    return sorted(path.parent.name for path in KERNELS.glob("*/gpu.py"))
+    return sorted({path.parent.name for file in FILES for path in KERNELS.glob(f"*/{file}.py")})
 
 
 def on_meta(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -41,4 +43,6 @@ def drawn(device: torch.device) -> Callable[[Sequence[int], torch.dtype], Tensor
 
 def examples(op: str, make: Callable[[Sequence[int], torch.dtype], Tensor]) -> Iterator[tuple[str, Callable]]:
     """Those of one op."""
-    yield from import_module(f"seqzoo.kernels.{op}.gpu").examples(make)
+    for file in FILES:
+        if (KERNELS / op / f"{file}.py").exists():
+            yield from import_module(f"seqzoo.kernels.{op}.{file}").examples(make)
