@@ -109,18 +109,16 @@ def _kind(value: Any) -> str:
 def jobs(op: str, arch: str) -> tuple[list[Job], list[str]]:
     """Every kernel that the op's examples start on this architecture, each once; and the table's rows left over."""
     found: dict[str, Job] = {}
-    with tuned.for_arch(arch):
-        tuned._asked.clear()
+    with tuned.for_arch(arch), tuned.asking() as asked:
         for label, call in examples(op, on_meta):
             with recording() as launches:
                 call()
             for this in launches:
                 job = described(op, label, arch, this)
                 found.setdefault(repr((job.module, *job[3:])), job)
-        asked = set(tuned._asked)
     tables = tuned.table(op) if (tuned.KERNELS / op / "tuned.json").exists() else {}
     rows = [(op, kernel, arch, n) for kernel, rows in tables.items() for n in range(len(rows[arch]))]
-    unused = [f"{op}: {kernel} {arch}: no example reaches row {n}" for _, kernel, _, n in set(rows) - asked]
+    unused = [f"{op}: {kernel} {arch}: no example reaches row {n}" for _, kernel, _, n in set(rows) - set(asked)]
     return list(found.values()), sorted(unused)
 
 

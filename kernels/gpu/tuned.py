@@ -23,7 +23,7 @@ ARCHES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")  # that the tables know
 SHARED = dict(sm_80=163, sm_86=99, sm_90=227, sm_100=227, gfx942=64)  # KiB a program may have
 _arch: str | None = None  # in place of the device's own
 _instead: dict[tuple[str, str], dict[str, Any]] = {}  # (op, kernel) -> a configuration in place of the table's
-_asked: list[tuple[str, str, str, int]] = []  # (op, kernel, architecture, row) that were looked up
+_asked: list[tuple[str, str, str, int]] | None = None  # where lookups are gathered
 
 
 @cache
@@ -74,6 +74,17 @@ def using(op: str, kernel: str, config: dict[str, Any]) -> Iterator[None]:
             _instead[op, kernel] = before
 
 
+@contextmanager
+def asking() -> Iterator[list[tuple[str, str, str, int]]]:
+    """Gathers (op, kernel, architecture, row) of all lookups inside the block."""
+    global _asked
+    before, _asked = _asked, []
+    try:
+        yield _asked
+    finally:
+        _asked = before
+
+
 @cache
 def table(op: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """What the op's tuned.json says."""
@@ -100,7 +111,8 @@ def tuned(op: str, kernel: str, device: torch.device, dtype: torch.dtype, **widt
     kind, name = "bf16" if dtype == torch.bfloat16 else "tf32", arch(device)
     for n, row in enumerate(rows := table(op)[kernel][name]):
         if row.get("products", kind) == kind and all(widths[w] <= most for w, most in row["upto"].items()):
-            _asked.append((op, kernel, name, n)) if _arch is not None else None
+            if _asked is not None:
+                _asked.append((op, kernel, name, n))
             return {key: value for key, value in row.items() if key not in ("upto", "products")}
     most = {w: max(row["upto"][w] for row in rows) for w in rows[0]["upto"]}
     raise ValueError(f"{op}: backend triton on {name}: expected at most {most}, got {widths}")
