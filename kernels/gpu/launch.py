@@ -100,12 +100,15 @@ def products(x: Tensor) -> dict[str, Any]:
     """How a kernel multiplies matrices for inputs of x's dtype: what to give it as `DOT` and `PRECISION`.
 
     bfloat16 stays what it is. float32 is multiplied as tf32, and so is float16, whose range sums kept as operands pass.
+    The interpreter multiplies all in fp32: it takes the bits of bfloat16 for whole numbers.
     """
     import triton.language as tl
 
     from seqzoo.kernels.gpu.tuned import arch
 
+    if interpreted():
+        return dict(DOT=tl.float32, PRECISION="ieee")
     if x.dtype == torch.bfloat16:
         return dict(DOT=tl.bfloat16, PRECISION="ieee")
-    nvidia = arch(x.device).startswith("sm_") and not interpreted()
-    return dict(DOT=tl.float32, PRECISION="tf32" if nvidia else "ieee")  # AMD's matrix units take fp32 itself
+    amd = arch(x.device).startswith("gfx")  # whose matrix units take fp32 itself
+    return dict(DOT=tl.float32, PRECISION="ieee" if amd else "tf32")

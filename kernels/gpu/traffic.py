@@ -1,7 +1,7 @@
 """Counts what kernels really load, store and multiply, by running them in Triton's interpreter.
 
-What a roofline model says of a kernel's bytes and products can so be held against the kernel itself. Masked-out elements
-do not count. `touched` counts each address once, as a cache without end would; `moved` counts each load and store.
+What a roofline model says of a kernel's bytes and products can so be held against the kernel itself. Elements that are
+masked out do not count. `touched` counts each address once, as a cache without end would; `moved` each load and store.
 """
 
 from collections.abc import Iterator
