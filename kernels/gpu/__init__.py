@@ -1,4 +1,4 @@
 """What all Triton backends share: starting a kernel, its tuned configurations, and what a compiler makes of it."""
 
 from seqzoo.kernels.gpu.launch import Launch, interpreted, launch, needs_gpu, products, recording, takes, usable
-from seqzoo.kernels.gpu.tuned import arch, for_arch, tuned
+from seqzoo.kernels.gpu.tables import arch, for_arch, tuned

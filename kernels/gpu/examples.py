@@ -15,7 +15,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from seqzoo.kernels.gpu.tuned import KERNELS
+from seqzoo.kernels.gpu.tables import KERNELS
 
 FILES = ("gpu", "step")
 

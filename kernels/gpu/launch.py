@@ -104,7 +104,7 @@ def products(x: Tensor) -> dict[str, Any]:
     """
     import triton.language as tl
 
-    from seqzoo.kernels.gpu.tuned import arch
+    from seqzoo.kernels.gpu.tables import arch
 
     if interpreted():
         return dict(DOT=tl.float32, PRECISION="ieee")

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from seqzoo.kernels.gpu import tuned
+from seqzoo.kernels.gpu import tables
 from seqzoo.kernels.gpu.examples import examples, on_meta, ops
 from seqzoo.kernels.gpu.launch import Launch, interpreted, recording
 
@@ -52,7 +52,7 @@ class Built(NamedTuple):
 
     def faults(self) -> list[str]:
         """What is wrong with it."""
-        most = 1024 * tuned.SHARED[self.arch]
+        most = 1024 * tables.SHARED[self.arch]
         return [
             *([self.error] if self.error else []),
             *([f"spills {self.spilled} bytes"] if self.spilled else []),
@@ -109,15 +109,15 @@ def _kind(value: Any) -> str:
 def jobs(op: str, arch: str) -> tuple[list[Job], list[str]]:
     """Every kernel that the op's examples start on this architecture, each once; and the table's rows left over."""
     found: dict[str, Job] = {}
-    with tuned.for_arch(arch), tuned.asking() as asked:
+    with tables.for_arch(arch), tables.asking() as asked:
         for label, call in examples(op, on_meta):
             with recording() as launches:
                 call()
             for this in launches:
                 job = described(op, label, arch, this)
                 found.setdefault(repr((job.module, *job[3:])), job)
-    tables = tuned.table(op) if (tuned.KERNELS / op / "tuned.json").exists() else {}
-    rows = [(op, kernel, arch, n) for kernel, rows in tables.items() for n in range(len(rows[arch]))]
+    table = tables.table(op) if (tables.KERNELS / op / "tuned.json").exists() else {}
+    rows = [(op, kernel, arch, n) for kernel, rows in table.items() for n in range(len(rows[arch]))]
     unused = [f"{op}: {kernel} {arch}: no example reaches row {n}" for _, kernel, _, n in set(rows) - set(asked)]
     return list(found.values()), sorted(unused)
 
@@ -185,7 +185,7 @@ def report(names: Sequence[str], arches: Sequence[str], workers: int) -> Iterato
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", default=ops(), choices=ops())
-    parser.add_argument("--arches", nargs="+", default=list(ARCHES), choices=tuned.ARCHES)
+    parser.add_argument("--arches", nargs="+", default=list(ARCHES), choices=tables.ARCHES)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="also write the rows here")
     options = parser.parse_args(arguments)

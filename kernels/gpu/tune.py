@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqzoo.kernels.gpu import tuned
+from seqzoo.kernels.gpu import tables
 from seqzoo.kernels.gpu.examples import drawn, examples, ops
 
 CONDITIONS = ("upto", "products")  # of a row; what else it has is the configuration
@@ -70,7 +70,7 @@ def reached(op: str, device: torch.device) -> dict[tuple[str, int], list[tuple[s
     """(kernel, row) of the device's architecture -> the examples that use it."""
     found: dict[tuple[str, int], list[tuple[str, Callable]]] = {}
     for label, call in examples(op, drawn(device)):
-        with tuned.asking() as asked:
+        with tables.asking() as asked:
             call()
         for _, kernel, _, row in dict.fromkeys(asked):
             found.setdefault((kernel, row), []).append((label, call))
@@ -94,7 +94,7 @@ def best(
     for config in [own, *(own | c for c in configurations(space) if own | c != own)]:
         name = " ".join(f"{key}={value}" for key, value in config.items())
         try:
-            with tuned.using(op, kernel, config):
+            with tables.using(op, kernel, config):
                 if not all(same(flat(call()), wanted) for (_, call), wanted in zip(calls, expected, strict=True)):
                     print(f"    {name}: other results")
                     continue
@@ -133,8 +133,8 @@ def replace(path: Path, text: str) -> None:
 
 def tune(op: str, device: torch.device, rounds: int) -> dict[str, Any]:
     """The op's table with this device's rows measured anew."""
-    table = json.loads(json.dumps(tuned.table(op)))
-    arch = tuned.arch(device)
+    table = json.loads(json.dumps(tables.table(op)))
+    arch = tables.arch(device)
     for (kernel, n), calls in reached(op, device).items():
         if space := table[kernel].get("space"):
             table[kernel][arch][n] = best(op, kernel, table[kernel][arch][n], space, calls, device, rounds)
@@ -151,13 +151,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("tune: expected a GPU, and torch sees none")
     for op in options.ops:
-        if not (tuned.KERNELS / op / "tuned.json").exists():
+        if not (tables.KERNELS / op / "tuned.json").exists():
             continue
-        print(f"{op} on {tuned.arch(options.device)}")
+        print(f"{op} on {tables.arch(options.device)}")
         text = written(tune(op, options.device, options.rounds))
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
-        replace(options.out / f"{op}.json" if options.out else tuned.KERNELS / op / "tuned.json", text)
+        replace(options.out / f"{op}.json" if options.out else tables.KERNELS / op / "tuned.json", text)
 
 
 if __name__ == "__main__":
