@@ -6,6 +6,7 @@ from torch import Tensor
 
 from seqzoo.kernels.causal_attention.blocked import causal_attention_blocked
 from seqzoo.kernels.causal_attention.cpp import causal_attention_cpp, usable
+from seqzoo.kernels.causal_attention.flex import causal_attention_flex, takes
 from seqzoo.kernels.causal_attention.reference import causal_attention_reference
 from seqzoo.kernels.dispatch import choose
 
@@ -13,6 +14,7 @@ BACKENDS = {
     "reference": causal_attention_reference,
     "torch": causal_attention_blocked,
     "cpp": causal_attention_cpp,  # float32 and bfloat16 on a CPU
+    "flex": causal_attention_flex,  # all but float64 on a GPU
 }
 
 
@@ -71,5 +73,5 @@ def causal_attention(
             raise ValueError(f"causal_attention: {name}: expected q's dtype {q.dtype}, got {x.dtype}")
     if key_document is not None and query_document is None:
         query_document = key_document[:, S - T :] if T < S else key_document
-    name = choose(BACKENDS, tokens=S, device=q.device, able=lambda name: usable(q))
+    name = choose(BACKENDS, tokens=S, device=q.device, able=lambda name: takes(q, v) if name == "flex" else usable(q))
     return BACKENDS[name](q, k, v, window, query_document, key_document, sinks)
