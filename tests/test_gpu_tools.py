@@ -100,6 +100,35 @@ def test_the_report_finds_what_is_planted():
     assert found["undone"] == ["1 products do not reach the matrix units"]
 
 
+def test_the_report_builds_what_it_does_not_know(monkeypatch, tmp_path, capsys):
+    """Rows in a file are taken as they are; one that comes out otherwise when built again, or is stale, is found."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    job = report.Job("toy", "example", "toy_kernels", "scale", "sm_90", {}, {}, (), {})
+    work, built = [job, job._replace(arch="sm_80")], []
+
+    def build(job):
+        built.append(job.arch)
+        return report.Built(job.op, job.example, job.kernel, job.arch, {}, 30, 0, 64, "-", 0)
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(report, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(report, "jobs", lambda op, arch: ([job for job in work if job.arch == arch], []))
+    monkeypatch.setattr(report, "key", lambda job: f"key of {job.arch}")
+    monkeypatch.setattr(report, "build", build)
+    op, file = examples.ops()[0], tmp_path / "known.json"
+    command = ["--ops", op, "--arches", "sm_80", "sm_90", "--workers", "1", "--known", str(file)]
+    assert report.main(command) == 0 and built == ["sm_80", "sm_90"]
+    assert report.main(command) == 0 and len(built) == 2
+    assert report.main([*command, "--again", "2"]) == 0 and len(built) == 4
+    told = json.loads(file.read_text())
+    told["key of sm_90"]["registers"] = 29
+    file.write_text(json.dumps(told | {"key of old": told["key of sm_80"] | {"op": op}}))
+    assert report.main([*command, "--again", "2"]) == 1
+    assert "1 faults\ntoy: scale sm_90: now Built(" in capsys.readouterr().out
+    assert set(json.loads(file.read_text())) == {"key of sm_80", "key of sm_90"}
+
+
 def test_the_report_wants_real_kernels(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(SystemExit, match="report: TRITON_INTERPRET is set"):

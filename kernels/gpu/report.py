@@ -1,16 +1,22 @@
 """What a compiler makes of every Triton kernel in every tuned configuration, for GPUs that need not be there.
 
     python -m seqzoo.kernels.gpu.report                       all ops, sm_80, sm_90, sm_100 and gfx942
-    python -m seqzoo.kernels.gpu.report --ops short_conv --arches sm_90 --json report.json
+    python -m seqzoo.kernels.gpu.report --ops short_conv --arches sm_90
+    python -m seqzoo.kernels.gpu.report --known benchmarks/results/kernels.json --again 8
 
 A row is one kernel as it would be started: registers, bytes spilled, shared memory, and how its matrix products are
 done. The command fails where a configuration spills, needs more shared memory than the chip has, or leaves a product of
 matrices to ordinary arithmetic; and where a table has a row that no example reaches.
+
+All of them take a quarter of an hour. `--known` keeps the rows in a file, by all that a compiler sees of a kernel, and
+builds only what is not in it; some of what is, chosen at random, is built `--again` and must come out the same.
 """
 
 import argparse
+import hashlib
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -170,16 +176,49 @@ def _amd(asm: dict[str, str]) -> tuple[int, int, str]:
     return registers, spilled, f"mfma {n}" if n else "none"
 
 
-def report(names: Sequence[str], arches: Sequence[str], workers: int) -> Iterator[Built | str]:
-    """What was built, as it comes, and what the tables have too much."""
-    work: list[Job] = []
+def key(job: Job) -> str:
+    """Of all that decides what a compiler makes of it: its source and what that calls, types, constants, Triton."""
+    import triton
+
+    kernel = getattr(sys.modules[job.module], job.kernel)
+    seen = repr(job._replace(example="")), kernel.cache_key, triton.__version__
+    return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
+
+
+def report(
+    names: Sequence[str], arches: Sequence[str], workers: int, known: dict[str, Built], again: int
+) -> Iterator[tuple[str, Built] | str]:
+    """Keys and rows, as they come, and what is wrong beside them. `known` rows are taken as they are, but for some."""
+    work: dict[str, Job] = {}
     for op in names:
         for arch in arches:
             found, unused = jobs(op, arch)
-            work += found
+            work |= {key(job): job for job in found}
             yield from unused
+    old = [k for k in work if k in known]
+    anew = random.sample(old, min(again, len(old)))
+    new = [k for k in work if k not in known] + anew
+    yield from ((k, known[k]) for k in old if k not in anew)
     with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(build, work)
+        for k, built in zip(new, pool.map(build, [work[k] for k in new]), strict=True):
+            yield k, built
+            if k in known and built._replace(example="") != known[k]._replace(example=""):
+                yield f"{built.op}: {built.kernel} {built.arch}: now {built}, in the file {known[k]}"
+
+
+def read(path: Path | None) -> dict[str, Built]:
+    """The rows in a file, by key; none where it is not there yet."""
+    if path is None or not path.exists():
+        return {}
+    return {k: Built(**row) for k, row in json.loads(path.read_text()).items()}
+
+
+def write(path: Path, rows: dict[str, Built]) -> None:
+    """A row a line, whole or not at all."""
+    lines = (f"{json.dumps(k)}: {json.dumps(row._asdict())}" for k, row in sorted(rows.items(), key=lambda x: x[1][:4]))
+    beside = path.with_suffix(".partial")
+    beside.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    os.replace(beside, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -187,26 +226,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ops", nargs="+", default=ops(), choices=ops())
     parser.add_argument("--arches", nargs="+", default=list(ARCHES), choices=tables.ARCHES)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--known", type=Path, help="take rows from this file, and write it anew")
+    parser.add_argument("--again", type=int, default=0, help="how many of those to build all the same")
     options = parser.parse_args(arguments)
     if interpreted():
         raise SystemExit("report: TRITON_INTERPRET is set, and what is interpreted cannot be compiled: unset it")
-    built, faults = [], []
+    known, rows, faults = read(options.known), {}, []
     print(f"{'kernel':36} {'arch':7} {'regs':>4} {'spill':>5} {'shared':>7}  {'matrix units':14} configuration")
-    for row in report(options.ops, options.arches, options.workers):
-        if isinstance(row, str):
-            faults.append(row)
+    for found in report(options.ops, options.arches, options.workers, known, options.again):
+        if isinstance(found, str):
+            faults.append(found)
             continue
-        built.append(row)
+        rows[found[0]] = row = found[1]
         config = " ".join(f"{name}={value}" for name, value in row.config.items())
         name = f"{row.op}.{row.kernel.strip('_')}"
         print(f"{name:36} {row.arch:7} {row.registers:4} {row.spilled:5} {row.shared:7}  {row.units:14} {config}")
         faults += [f"{name} {row.arch} ({row.example}; {config}): {fault}" for fault in row.faults()]
-    if options.json:
-        options.json.write_text(json.dumps([row._asdict() for row in built], indent=1) + "\n")
-    print(f"\n{len(built)} kernels built, {len(faults)} faults")
+    if options.known:
+        rest = {k: row for k, row in known.items() if row.op not in options.ops or row.arch not in options.arches}
+        write(options.known, rest | rows)
+    print(f"\n{len(rows)} kernels, {sum(k not in known for k in rows)} of them built anew, {len(faults)} faults")
     print(*faults, sep="\n")
-    return 1 if faults or not built else 0
+    return 1 if faults or not rows else 0
 
 
 if __name__ == "__main__":
