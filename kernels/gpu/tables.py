@@ -86,7 +86,7 @@ def asking() -> Iterator[list[tuple[str, str, str, int]]]:
 
 
 @cache
-def table(op: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
+def table(op: str) -> dict[str, dict[str, Any]]:
     """What the op's tuned.json says."""
     return json.loads((KERNELS / op / "tuned.json").read_text())
 
