@@ -3,19 +3,23 @@
 Everything of the width of all neurons is inside, so that a backend need not ever hold T of them.
 """
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from seqzoo.kernels.checks import check_tensors
 from seqzoo.kernels.dispatch import choose
+from seqzoo.kernels.gpu import takes
 from seqzoo.kernels.strict_linear_attention import level_cpp
 from seqzoo.kernels.strict_linear_attention.chunked import strict_linear_attention_chunked
+from seqzoo.kernels.strict_linear_attention.gpu import strict_linear_attention_triton
 from seqzoo.kernels.strict_linear_attention.reference import level_of, strict_linear_attention_reference
 
 LEVELS = {
     "reference": level_of(strict_linear_attention_reference),
     "torch": level_of(strict_linear_attention_chunked),
     "cpp": level_cpp.bdh_level_cpp,
+    "triton": level_of(strict_linear_attention_triton, wide=False),
 }
 
 
@@ -54,12 +58,20 @@ def bdh_level(
         ValueError: shapes, dtypes or devices that do not fit, or a forced backend that cannot run this.
     """
     _check(v, encoder, gate, decoder, cos, sin, state, starts, decay, passed, x_before)
-    able = lambda backend: x_before is None and level_cpp.usable(v, encoder)
+    able = lambda backend: _able(backend, v, encoder, x_before)
     name = choose(LEVELS, tokens=v.shape[1], device=v.device, able=able)
     return LEVELS[name](
         v, encoder, gate, decoder, cos, sin, state=state, starts=starts, decay=decay, passed=passed, dropout=dropout,
         norm_eps=norm_eps, x_before=x_before,
     )  # fmt: skip
+
+
+def _able(backend: str, v: Tensor, encoder: Tensor, x_before: Tensor | None) -> bool:
+    if backend == "triton":
+        device = v.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else v.dtype
+        return takes(v.new_empty(0, dtype=dtype))  # as x will be
+    return x_before is None and level_cpp.usable(v, encoder)
 
 
 def _check(v, encoder, gate, decoder, cos, sin, state, starts, decay, passed, x_before) -> None:

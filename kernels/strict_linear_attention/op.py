@@ -6,14 +6,17 @@ from torch import Tensor
 
 from seqzoo.kernels.checks import check_tensors
 from seqzoo.kernels.dispatch import choose
+from seqzoo.kernels.gpu import takes
 from seqzoo.kernels.strict_linear_attention import cpp
 from seqzoo.kernels.strict_linear_attention.chunked import strict_linear_attention_chunked
+from seqzoo.kernels.strict_linear_attention.gpu import strict_linear_attention_triton
 from seqzoo.kernels.strict_linear_attention.reference import strict_linear_attention_reference
 
 BACKENDS = {
     "reference": strict_linear_attention_reference,
     "torch": strict_linear_attention_chunked,
     "cpp": cpp.strict_linear_attention_cpp,
+    "triton": strict_linear_attention_triton,
 }
 
 
@@ -43,10 +46,15 @@ def strict_linear_attention(
         ValueError: shapes, dtypes or devices that do not fit, no token, or a forced backend that cannot run this.
     """
     _check(r, v, state, starts, decay)
-    able = lambda backend: v.dtype == r.dtype == torch.float32 and cpp.usable()
-    name = choose(BACKENDS, tokens=v.shape[1], device=v.device, able=able)
+    name = choose(BACKENDS, tokens=v.shape[1], device=v.device, able=lambda backend: _able(backend, r, v))
     with torch.autocast(v.device.type, enabled=False):  # the memory stays in fp32
         return BACKENDS[name](r, v, state, starts, decay)
+
+
+def _able(backend: str, r: Tensor, v: Tensor) -> bool:
+    if backend == "triton":
+        return r.dtype == v.dtype and takes(r)
+    return v.dtype == r.dtype == torch.float32 and cpp.usable()
 
 
 def _check(r: Tensor, v: Tensor, state: Tensor | None, starts: Tensor | None, decay: Tensor | None) -> None:

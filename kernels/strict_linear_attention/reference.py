@@ -50,13 +50,17 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
 
 
-def level_of(attend):
-    """A level of BDH from a backend of strict linear attention. Shapes: `level.bdh_level`, which says what they are."""
+def level_of(attend, wide: bool = True):
+    """A level of BDH from a backend of strict linear attention. Shapes: `level.bdh_level`, which says what they are.
+
+    wide: what is turned keeps the dtype of cos and sin where that is wider than x's.
+    """
 
     def level(v, encoder, gate, decoder, cos, sin, *, state, starts, decay, passed, dropout, norm_eps, x_before):
         x = (v[:, None] @ encoder.mT).relu()  # [B, H, T, N]
         x = x if x_before is None else x + x_before
         r = turned(x, cos, sin)
+        r = r if wide else r.to(x.dtype)
         with torch.autocast(v.device.type, enabled=False):
             a, state = attend(r.transpose(1, 2), v[:, :, None].to(r.dtype), state, starts, decay)
         a = F.layer_norm(a, a.shape[-1:], eps=norm_eps).to(v.dtype)
