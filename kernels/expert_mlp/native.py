@@ -16,8 +16,11 @@ FORWARD_POINTERS, BACKWARD_POINTERS = 7, 11
 
 
 def runs(x: Tensor) -> bool:
-    """Whether this backend takes x: its device and dtype, and a compiler that works."""
-    return x.device.type == "cpu" and x.dtype in SUFFIX and usable(NAME, SOURCE)
+    """Whether this backend takes x: its device and dtype, and a compiler that works.
+
+    torch.compile needs a compiler itself, and cannot trace the search for one.
+    """
+    return x.device.type == "cpu" and x.dtype in SUFFIX and (torch.compiler.is_compiling() or usable(NAME, SOURCE))
 
 
 @cache
@@ -52,28 +55,57 @@ def _forward(x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: T
     return y.to(x.dtype)
 
 
-class _ExpertMLP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        gates = x.new_empty(chosen.numel(), gate_up.shape[1])
-        ctx.save_for_backward(x, chosen, weight, gate_up, down, gates)
-        return _forward(x, chosen, weight, gate_up, down, gates)
+@torch.library.custom_op("seqzoo::expert_mlp_cpp", mutates_args=())
+def _differentiable(
+    x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """y, and where `keep` the gates, for backward."""
+    gates = x.new_empty((chosen.numel(), gate_up.shape[1]) if keep else 0)
+    return _forward(x, chosen, weight, gate_up, down, gates if keep else None), gates
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, chosen, weight, gate_up, down, gates = ctx.saved_tensors
-        dy = dy.contiguous()  # held by a name: the kernel gets its address only
-        dx = torch.zeros(x.shape, dtype=torch.float32) if ctx.needs_input_grad[0] else None
-        dweight = torch.empty_like(weight)
-        experts = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-        dgate_up, ddown = (torch.empty_like(gate_up), torch.empty_like(down)) if experts else (None, None)
-        _functions(x.dtype)[1](
-            _sizes(chosen, gate_up, down),
-            *(t.data_ptr() for t in (x, chosen, weight, gate_up, down, gates, dy)),
-            *(None if t is None else t.data_ptr() for t in (dx, dweight, dgate_up, ddown)),
-        )
-        return None if dx is None else dx.to(x.dtype), None, dweight, dgate_up, ddown
+
+@_differentiable.register_fake
+def _(x, chosen, weight, gate_up, down, keep):
+    return x.new_empty(x.shape), x.new_empty((chosen.shape[0] * chosen.shape[1], gate_up.shape[1]) if keep else 0)
+
+
+@torch.library.custom_op("seqzoo::expert_mlp_cpp_backward", mutates_args=())
+def _gradients(
+    dy: Tensor, x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor,
+    inputs: bool, experts: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx where the inputs are to learn, dweight, and the matrices' where the experts are; else nothing there."""
+    dy = dy.contiguous()  # held by a name: the kernel gets its address only
+    dx, dweight = torch.zeros(x.shape if inputs else 0, dtype=torch.float32), torch.empty_like(weight)
+    matrices = [t.new_empty(t.shape if experts else 0) for t in (gate_up, down)]
+    _functions(x.dtype)[1](
+        _sizes(chosen, gate_up, down),
+        *(t.data_ptr() for t in (x, chosen, weight, gate_up, down, gates, dy)),
+        *(t.data_ptr() if wanted else None for t, wanted in ((dx, inputs), (dweight, True))),
+        *(t.data_ptr() if experts else None for t in matrices),
+    )
+    return dx.to(x.dtype), dweight, *matrices
+
+
+@_gradients.register_fake
+def _(dy, x, chosen, weight, gate_up, down, gates, inputs, experts):
+    matrices = [t.new_empty(t.shape if experts else 0) for t in (gate_up, down)]
+    return x.new_empty(x.shape if inputs else 0), weight.new_empty(weight.shape), *matrices
+
+
+def _remember(ctx, inputs, output):
+    *tensors, _ = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, dy, _):
+    inputs, experts = ctx.needs_input_grad[0], ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+    dx, dweight, *matrices = _gradients(dy, *ctx.saved_tensors, inputs, experts)
+    return dx if inputs else None, None, dweight, *(matrices if experts else (None, None)), None
+
+
+_differentiable.register_autograd(_backward, setup_context=_remember)
 
 
 def expert_mlp_native(x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -91,6 +123,7 @@ def expert_mlp_native(x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor
         args = F.pad(x, (0, D % 2)), chosen, weight, halves.flatten(1, 2), F.pad(down, (0, I % 2, 0, D % 2))
         return expert_mlp_native(*args)[:, :D]
     x, chosen, weight, gate_up, down = (t.contiguous() for t in (x, chosen, weight.float(), gate_up, down))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, gate_up, down)):
-        return _ExpertMLP.apply(x, chosen, weight, gate_up, down)
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, gate_up, down))
+    if learns or torch.compiler.is_compiling():
+        return _differentiable(x, chosen, weight, gate_up, down, learns)[0]
     return _forward(x, chosen, weight, gate_up, down, None)

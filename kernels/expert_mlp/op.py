@@ -1,10 +1,11 @@
 """expert_mlp: the public op. Everything above this folder calls this and nothing else in it."""
 
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from seqzoo.kernels.dispatch import choose
-from seqzoo.kernels.expert_mlp import native
+from seqzoo.kernels.expert_mlp import gpu, native
 from seqzoo.kernels.expert_mlp.grouped import expert_mlp_grouped
 from seqzoo.kernels.expert_mlp.reference import Hidden, expert_mlp_reference
 
@@ -12,6 +13,7 @@ BACKENDS = {
     "reference": expert_mlp_reference,
     "torch": expert_mlp_grouped,
     "cpp": native.expert_mlp_native,  # float32 and bfloat16 on a CPU
+    "triton": gpu.expert_mlp_triton,
 }
 
 
@@ -31,7 +33,8 @@ def expert_mlp(
         weight: of each slot's output, in any floating dtype.
         gate_up: each expert's gate matrix (rows 0 to I-1) and up matrix (rows I to 2I-1), in x's dtype.
         down: each expert's output matrix, in x's dtype.
-        hidden: applied row by row to what stands between the matrices, [rows, I], as a quantiser; not by backend cpp.
+        hidden: applied row by row to what stands between the matrices, [rows, I], as a quantiser; backends reference
+            and torch.
 
     Returns:
         The weighted sums, in x's dtype. Gradients flow to all but `chosen`. Two runs on a CPU give the same bits.
@@ -48,11 +51,13 @@ def expert_mlp(
     for name, given in dict(gate_up=gate_up, down=down).items():
         if given.dtype != x.dtype:
             raise ValueError(f"expert_mlp: {name}: expected x's dtype {x.dtype}, got {given.dtype}")
-    able = lambda _: hidden is None and native.runs(x)
+    runs = dict(cpp=lambda: native.runs(x), triton=lambda: gpu.runs(x, chosen))
+    able = lambda name: hidden is None and runs[name]()
     name = choose(BACKENDS, tokens=chosen.numel(), device=x.device, able=able)
-    if name == "cpp" and hidden is not None:
-        raise ValueError("expert_mlp: backend cpp: expected no `hidden`, got one")
-    if name != "cpp" and x.device.type == "cpu" and chosen.numel() and not 0 <= chosen.min() <= chosen.max() < E:
+    if name in runs and hidden is not None:
+        raise ValueError(f"expert_mlp: backend {name}: expected no `hidden`, got one")
+    waits = x.device.type != "cpu" or torch.compiler.is_compiling()
+    if name != "cpp" and not waits and chosen.numel() and not 0 <= chosen.min() <= chosen.max() < E:
         raise ValueError(f"expert_mlp: chosen: expected 0 to {E - 1}, got {chosen.min()} to {chosen.max()}")
     others = () if hidden is None else (hidden,)
     return BACKENDS[name](x, chosen, weight, gate_up, down, *others)
