@@ -1,1 +1,2 @@
 from seqzoo.kernels.momentum_delta_rule.op import momentum_delta_rule
+from seqzoo.kernels.momentum_delta_rule.step import momentum_delta_rule_step_

@@ -1,2 +1,3 @@
 from seqzoo.kernels.strict_linear_attention.level import bdh_level
 from seqzoo.kernels.strict_linear_attention.op import strict_linear_attention
+from seqzoo.kernels.strict_linear_attention.step import strict_linear_attention_step_

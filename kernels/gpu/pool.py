@@ -1,0 +1,109 @@
+"""States in a pool: what the ops' steps in place share.
+
+A server keeps the states of all its sequences in one tensor [slots, ...]; a step reads and writes those of its rows by
+index. No decision depends on numbers on the device, so that a step can be part of a CUDA graph.
+"""
+
+import math
+from collections.abc import Callable, Container, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from seqzoo.kernels.checks import KINDS, check_tensors
+from seqzoo.kernels.dispatch import choose
+from seqzoo.kernels.gpu.launch import usable
+
+MOST = 16  # tokens of a step; of more, the op itself is faster
+WIDEST = 1024  # rows of a state that a program keeps whole
+
+
+def check_pool(op: str, inputs: Mapping[str, Tensor], pool: Tensor, state: Sequence[int], index: Tensor | None) -> None:
+    """What every step checks beside the op's own inputs.
+
+    Args:
+        op: the step's name, for messages.
+        inputs: the op's, by name, already checked; the first is [B, T, ...].
+        pool, index: the step's own.
+        state: shape of one state.
+
+    Raises:
+        ValueError: the first that does not fit.
+    """
+    like = next(iter(inputs))
+    B, T = inputs[like].shape[:2]
+    if T > MOST:
+        raise ValueError(f"{op}: {like}: expected at most {MOST} tokens, got {T}")
+    if pool.ndim != 1 + len(state) or not pool.shape[0]:
+        raise ValueError(f"{op}: pool: expected [slots, {', '.join(map(str, state))}], got {tuple(pool.shape)}")
+    kind = index.dtype if index is not None and index.dtype in (torch.int32, torch.int64) else torch.int64
+    tensors = {
+        like: (inputs[like], inputs[like].shape),
+        "pool": (pool, (pool.shape[0], *state)),
+        "index": (index, (B,)),
+    }
+    check_tensors(op, tensors, like=like, kinds=KINDS | {"pool": torch.float32, "index": kind})
+    if index is None and pool.shape[0] < B:
+        raise ValueError(f"{op}: pool: expected a slot for each of {B} rows, got {pool.shape[0]}")
+    dense = [math.prod(state[n + 1 :]) for n in range(len(state))]
+    if list(pool.stride()[1:]) != dense or pool.stride(0) < math.prod(state):
+        raise ValueError(f"{op}: pool: expected slots that are contiguous, got strides {pool.stride()}")
+    if torch.is_grad_enabled():
+        for name, x in {**inputs, "pool": pool}.items():
+            if x.requires_grad:
+                raise ValueError(f"{op}: {name}: expected no gradient to be recorded: a step overwrites its states")
+
+
+def step_on_gpu(backends: Container[str], x: Tensor, width: int) -> bool:
+    """Whether the step's own kernel runs, rather than the op with its states gathered; x is the values.
+
+    Args:
+        backends: of the op; one of them may be forced.
+        width: rows of a state that one program keeps.
+
+    Raises:
+        ValueError: a backend is forced that the op lacks.
+    """
+    kinds = (torch.float32, torch.bfloat16, torch.float16)  # float32 too: nothing is multiplied on matrix units
+    able = lambda name: name == "triton" and usable() and x.dtype in kinds and width <= WIDEST
+    return choose({"triton", *backends}, tokens=x.shape[1], device=x.device, able=able) == "triton"
+
+
+def gathered(run: Callable[[Tensor], tuple[Tensor, Tensor]], batch: int, pool: Tensor, index: Tensor | None) -> Tensor:
+    """A step by whatever computes one from gathered states.
+
+    Args:
+        run: states [B, ...] -> what is read [B, T, ...] and the next states; it may write over those it gets.
+        batch: B.
+        pool, index: the step's own.
+
+    Returns:
+        What is read, zeros where the index is negative.
+    """
+    with torch.no_grad():
+        if index is None:
+            states = pool[:batch]
+            o, last = run(states)
+            if last is not states:
+                states.copy_(last)
+            return o
+        slots = index.clamp(min=0).long()
+        o, last = run(pool[slots])
+        live = index >= 0
+        # An inactive row does again what the first active one does, and where there is none, writes what is there.
+        row = torch.where(live, torch.arange(batch, device=index.device), live.int().argmax())
+        slots, some = slots[row], live[row].view(batch, *(1,) * len(pool.shape[1:]))
+        pool.index_copy_(0, slots, torch.where(some, last[row].to(pool.dtype), pool[slots]))
+        return torch.where(live.view(batch, *(1,) * len(o.shape[1:])), o, 0)
+
+
+def rows(x: Tensor) -> Tensor:
+    """With each token's heads side by side, as a kernel reads them; a token and a row may be any steps apart."""
+    return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
+
+
+def blocks(K: int, V: int) -> dict[str, int]:
+    """How a state [K, V] is cut for programs that keep all K of some columns: about 2048 numbers each, 16 a thread."""
+    BK, BV = (1 << (n - 1).bit_length() for n in (K, V))
+    BV = min(BV, max(16, 2048 // BK))
+    return dict(BK=BK, BV=BV, num_warps=min(8, max(1, BK * BV // 512)), num_stages=1)
