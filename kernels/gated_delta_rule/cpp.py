@@ -6,15 +6,16 @@ bits alone and in a batch, and a document the same bits alone and packed.
 
 import ctypes
 from ctypes import c_int64, c_void_p
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from seqzoo.kernels import native
+from seqzoo.kernels.native import calls
+from seqzoo.kernels.native.rows import address, rows
 
-SOURCE = Path(__file__).with_name("chunked.cpp")
+NATIVE = calls.Calls("gated_delta_rule", Path(__file__).with_name("chunked.cpp"), "chunks")
+usable = NATIVE.usable
 FEW = 4  # tokens up to which one after the other is faster than a chunk
 
 
@@ -30,23 +31,6 @@ class Call(ctypes.Structure):
     ]
 
 
-def usable() -> bool:
-    """Whether this machine can build and load it; logs once why not. torch.compile needs a compiler itself."""
-    return torch.compiler.is_compiling() or native.usable("gated_delta_rule", SOURCE)
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    library = native.library("gated_delta_rule", [SOURCE])
-    library.gated_delta_rule_chunks.restype = c_int64
-    for name in ("chunks", "forward", "backward", "steps"):
-        getattr(library, f"gated_delta_rule_{name}").argtypes = [ctypes.POINTER(Call)]
-    library.gated_delta_rule_backward.argtypes = [ctypes.POINTER(Call), c_void_p, c_void_p]
-    for name in ("forward", "backward", "steps"):
-        getattr(library, f"gated_delta_rule_{name}").restype = None
-    return library
-
-
 def gated_delta_rule_cpp(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -59,29 +43,24 @@ def gated_delta_rule_cpp(
     if v.dtype == torch.float64 or v.device.type != "cpu":
         raise ValueError(f"backend cpp: expected float32, bfloat16 or float16 on the CPU, got {v.dtype} on {v.device}")
     dtype = v.dtype
-    q, k = (_rows(x, torch.bfloat16 if q.dtype == k.dtype == torch.bfloat16 else torch.float32) for x in (q, k))
-    v = _rows(v, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    common = torch.bfloat16 if q.dtype == k.dtype == torch.bfloat16 else torch.float32
+    q, k = (rows(x.to(common)) for x in (q, k))
+    v = rows(v.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32))
     g, beta = g.float().contiguous(), beta.float().contiguous()
     starts = None if starts is None else starts.contiguous()
-    inputs = (q, k, v, g, beta) if state is None else (q, k, v, g, beta, state)
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    learns = calls.learns(q, k, v, g, beta, state)
     if learns or torch.compiler.is_compiling():
         o, state, _ = _differentiable(q, k, v, g, beta, state, starts, learns)
     else:
-        memory = _memory(q, v) if state is None else state.float().contiguous()
+        memory = calls.memory(state, _shape(q, v), copy=False)
         o = _forward(q, k, v, g, beta, memory, state is not None, starts)
         state = memory
     return o.to(dtype), state
 
 
-def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """In this dtype, the elements of a head adjacent; other strides may be any."""
-    x = x.to(dtype)
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _memory(q: Tensor, v: Tensor) -> Tensor:
-    return q.new_empty(v.shape[0], v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+def _shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """Of the memory."""
+    return v.shape[0], v.shape[2], k.shape[3], v.shape[3]
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, starts: Tensor | None) -> Call:
@@ -90,8 +69,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, starts: Tens
     return Call(
         *(B, T, H, HV, K, V, torch.get_num_threads(), q.dtype == bf16, v.dtype == bf16),
         *(x.stride()[:3] for x in (q, k, v)),
-        *(x.data_ptr() for x in (q, k, v, g, beta)),
-        None if starts is None else starts.data_ptr(),
+        *(address(x) for x in (q, k, v, g, beta, starts)),
     )
 
 
@@ -110,10 +88,8 @@ def _forward(
     call = _call(q, k, v, g, beta, starts)
     o = torch.empty(v.shape, dtype=v.dtype)
     call.state, call.has_state, call.o = memory.data_ptr(), has_state, o.data_ptr()
-    if kept is not None:
-        call.kept = kept.data_ptr()
-    run = _library().gated_delta_rule_steps if kept is None and v.shape[1] <= FEW else None
-    (run or _library().gated_delta_rule_forward)(call)
+    call.kept = address(kept)
+    NATIVE.run("steps" if kept is None and v.shape[1] <= FEW else "forward", call)
     return o
 
 
@@ -129,24 +105,15 @@ def _differentiable(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, the last memory, and where `keep` the memory at the start of each chunk for backward."""
-    memory = (
-        _memory(q, v) if state is None else state.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    )
-    kept = None
-    if keep:
-        chunks = _library().gated_delta_rule_chunks(_call(q, k, v, g, beta, starts))
-        kept = torch.empty(chunks, *memory.shape[1:])
-    o = _forward(q, k, v, g, beta, memory, state is not None, starts, kept)
-    return o, memory, memory.new_empty(0) if kept is None else kept
+    memory = calls.memory(state, _shape(q, v), copy=True)
+    kept = calls.kept(memory, NATIVE.run("chunks", _call(q, k, v, g, beta, starts)) if keep else 0)
+    return _forward(q, k, v, g, beta, memory, state is not None, starts, kept if keep else None), memory, kept
 
 
 @_differentiable.register_fake
 def _(q, k, v, g, beta, state, starts, keep):
-    memory = _memory(q, v)
-    kept = (
-        memory.new_empty(torch.library.get_ctx().new_dynamic_size(), *memory.shape[1:]) if keep else memory.new_empty(0)
-    )
-    return v.new_empty(v.shape), memory, kept
+    memory = calls.memory(None, _shape(q, v), copy=True)
+    return v.new_empty(v.shape), memory, calls.kept_fake(memory, keep)
 
 
 @torch.library.custom_op("seqzoo::gated_delta_rule_cpp_backward", mutates_args=())
@@ -169,7 +136,7 @@ def _gradients(
     call.has_state, call.kept, call.d_o, call.d_state = has_state, kept.data_ptr(), d_o.data_ptr(), d_state.data_ptr()
     call.dq, call.dk, call.dv, call.dg, call.dbeta = (x.data_ptr() for x in grads)
     grouped = [torch.empty(*v.shape[:3], q.shape[3]) for _ in range(2)] if v.shape[2] > q.shape[2] else []
-    _library().gated_delta_rule_backward(call, *([x.data_ptr() for x in grouped] or (None, None)))
+    NATIVE.run("backward", call, *([x.data_ptr() for x in grouped] or (None, None)))
     return *grads, d_state
 
 

@@ -6,15 +6,16 @@ bits alone and in a batch, and a document the same bits alone and packed.
 
 import ctypes
 from ctypes import c_int64, c_void_p
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from seqzoo.kernels import native
+from seqzoo.kernels.native import calls
+from seqzoo.kernels.native.rows import address, rows
 
-SOURCE = Path(__file__).with_name("linear_attention.cpp")
+NATIVE = calls.Calls("linear_attention", Path(__file__).with_name("linear_attention.cpp"), "segments")
+usable = NATIVE.usable
 FEW = 4  # tokens up to which one after the other is faster than a chunk
 
 
@@ -30,20 +31,6 @@ class Call(ctypes.Structure):
     ]
 
 
-def usable() -> bool:
-    """Whether this machine can build and load it; logs once why not. torch.compile needs a compiler itself."""
-    return torch.compiler.is_compiling() or native.usable("linear_attention", SOURCE)
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    library = native.library("linear_attention", [SOURCE])
-    for name, result in dict(segments=c_int64, forward=None, backward=None, steps=None).items():
-        function = getattr(library, f"linear_attention_{name}")
-        function.argtypes, function.restype = [ctypes.POINTER(Call)], result
-    return library
-
-
 def linear_attention_cpp(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -57,27 +44,22 @@ def linear_attention_cpp(
         raise ValueError(f"backend cpp: expected float32, bfloat16 or float16 on the CPU, got {v.dtype} on {v.device}")
     dtype = v.dtype
     common = torch.bfloat16 if q.dtype == k.dtype == dtype == torch.bfloat16 else torch.float32
-    q, k, v = (_rows(x, common) for x in (q, k, v))
+    q, k, v = (rows(x.to(common)) for x in (q, k, v))
     g = None if g is None else g.float().contiguous()
     starts = None if starts is None else starts.contiguous()
-    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, state))
+    learns = calls.learns(q, k, v, g, state)
     if learns or torch.compiler.is_compiling():
         o, state, _ = _differentiable(q, k, v, g, state, starts, learns)
     else:
-        memory = _memory(k, v) if state is None else state.float().contiguous()
+        memory = calls.memory(state, _shape(k, v), copy=False)
         o = _forward(q, k, v, g, memory, state is not None, starts)
         state = memory
     return o.to(dtype), state
 
 
-def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """In this dtype, the elements of a head adjacent; other strides may be any."""
-    x = x.to(dtype)
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _memory(k: Tensor, v: Tensor) -> Tensor:
-    return k.new_empty(v.shape[0], v.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
+def _shape(k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """Of the memory."""
+    return v.shape[0], v.shape[2], k.shape[3], v.shape[3]
 
 
 def _out(q: Tensor, v: Tensor) -> Tensor:
@@ -90,7 +72,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, starts: Tensor | No
     return Call(
         *(B, T, H, G, K, V, torch.get_num_threads(), v.dtype == torch.bfloat16, decays),
         *(x.stride()[:3] for x in (q, k, v)),
-        *(None if x is None else x.data_ptr() for x in (q, k, v, g, starts)),
+        *(address(x) for x in (q, k, v, g, starts)),
     )
 
 
@@ -107,11 +89,8 @@ def _forward(
     """o; `memory` is written over. In float32, contiguous; `kept`: room for the memory at the start of each segment."""
     call, o = _call(q, k, v, g, starts), _out(q, v)
     call.state, call.has_state, call.o = memory.data_ptr(), has_state, o.data_ptr()
-    if kept is not None:
-        call.kept = kept.data_ptr()
-    library = _library()
-    run = library.linear_attention_steps if kept is None and v.shape[1] <= FEW else library.linear_attention_forward
-    run(call)
+    call.kept = address(kept)
+    NATIVE.run("steps" if kept is None and v.shape[1] <= FEW else "forward", call)
     return o
 
 
@@ -126,24 +105,15 @@ def _differentiable(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, the last memory, and where `keep` the memory at the start of each segment for backward."""
-    memory = (
-        _memory(k, v) if state is None else state.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    )
-    kept = None
-    if keep:
-        segments = _library().linear_attention_segments(_call(q, k, v, g, starts))
-        kept = torch.empty(segments, *memory.shape[1:])
-    o = _forward(q, k, v, g, memory, state is not None, starts, kept)
-    return o, memory, memory.new_empty(0) if kept is None else kept
+    memory = calls.memory(state, _shape(k, v), copy=True)
+    kept = calls.kept(memory, NATIVE.run("segments", _call(q, k, v, g, starts)) if keep else 0)
+    return _forward(q, k, v, g, memory, state is not None, starts, kept if keep else None), memory, kept
 
 
 @_differentiable.register_fake
 def _(q, k, v, g, state, starts, keep):
-    memory = _memory(k, v)
-    kept = (
-        memory.new_empty(torch.library.get_ctx().new_dynamic_size(), *memory.shape[1:]) if keep else memory.new_empty(0)
-    )
-    return _out(q, v), memory, kept
+    memory = calls.memory(None, _shape(k, v), copy=True)
+    return _out(q, v), memory, calls.kept_fake(memory, keep)
 
 
 @torch.library.custom_op("seqzoo::linear_attention_cpp_backward", mutates_args=())
@@ -165,7 +135,7 @@ def _gradients(
     call.has_state, call.kept, call.d_o, call.d_state = has_state, kept.data_ptr(), d_o.data_ptr(), d_state.data_ptr()
     for name, x in zip(("dq", "dk", "dv", "dg"), grads, strict=False):
         setattr(call, name, x.data_ptr())
-    _library().linear_attention_backward(call)
+    NATIVE.run("backward", call)
     return [d_state, *grads]
 
 

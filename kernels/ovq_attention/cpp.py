@@ -6,17 +6,17 @@ document the same alone and packed. A state's gradients, and the options that `t
 
 import ctypes
 from ctypes import c_int64, c_void_p
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from seqzoo.kernels.native import build
+from seqzoo.kernels.native.calls import Calls
 from seqzoo.kernels.ovq_attention.layout import Document, documents
 from seqzoo.kernels.ovq_attention.rule import CHOICES, OVQRule, OVQState
 
-NAME, SOURCE = "ovq_attention", Path(__file__).with_name("ovq.cpp")
+NATIVE = Calls("ovq_attention", Path(__file__).with_name("ovq.cpp"))
+usable = NATIVE.usable
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,20 +36,6 @@ def takes(v: Tensor, rule: OVQRule, learns: bool, state: OVQState | None) -> boo
     plain = rule.similarity == "dot" and rule.choice == "novel" and rule.step is None
     plain &= not (rule.norm_correction or rule.renormalise or rule.detach)
     return v.device.type == "cpu" and v.dtype in DTYPES and plain and not (learns and state is not None)
-
-
-def usable() -> bool:
-    """Whether this machine can build and load it; logs once why not."""
-    return build.usable(NAME, SOURCE)
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    library = build.library(NAME, [SOURCE])
-    for name in ("forward", "backward"):
-        function = getattr(library, f"{NAME}_{name}")
-        function.argtypes, function.restype = [ctypes.POINTER(Call)], None
-    return library
 
 
 def ovq_attention_cpp(
@@ -113,7 +99,7 @@ def _with_state(q, kv, table, found, rule, state, everywhere: bool) -> tuple[Ten
     call = _call(q, kv, table, _rule(rule))
     call.past, call.past_counts, call.memory, call.counts = (x.data_ptr() for x in (*past, *after))
     call.o = o.data_ptr()
-    _library().ovq_attention_forward(call)
+    NATIVE.run("forward", call)
     return o, tuple(after)
 
 
@@ -130,7 +116,7 @@ def _differentiable(
     call.o = o.data_ptr()
     if learns:
         call.logsum, call.slot = logsum.data_ptr(), slot.data_ptr()
-    _library().ovq_attention_forward(call)
+    NATIVE.run("forward", call)
     return o, logsum, slot
 
 
@@ -150,7 +136,7 @@ def _gradients(
     d_q, d_kv = (x.new_empty(x.shape) if everywhere else x.new_zeros(x.shape) for x in (q, kv))
     call.d_o, call.o, call.logsum, call.slot = (x.data_ptr() for x in (d_o, o, logsum, slot))
     call.d_q, call.d_kv = d_q.data_ptr(), d_kv.data_ptr()
-    _library().ovq_attention_backward(call)
+    NATIVE.run("backward", call)
     return d_q, d_kv
 
 

@@ -6,15 +6,15 @@ depends on the number of threads, and on nothing else.
 
 import ctypes
 from ctypes import c_float, c_int64, c_void_p
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from seqzoo.kernels import native
+from seqzoo.kernels.native import calls
+from seqzoo.kernels.native.rows import address
 
-SOURCE = Path(__file__).with_name("level.cpp")
+NATIVE = calls.Calls("bdh_level", Path(__file__).with_name("level.cpp"), "segments")
 FEW = 4  # tokens up to which one after the other, active neurons only, is faster than a chunk
 
 
@@ -35,17 +35,7 @@ def usable(v: Tensor, encoder: Tensor) -> bool:
     """Whether this call can run it: plain fp32 and a compiler that works; logs once why there is none."""
     if not v.dtype == encoder.dtype == torch.float32 or torch.is_autocast_enabled(v.device.type):
         return False
-    return torch.compiler.is_compiling() or native.usable("bdh_level", SOURCE)
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    library = native.library("bdh_level", [SOURCE])
-    library.bdh_level_segments.argtypes, library.bdh_level_segments.restype = [ctypes.POINTER(Call)], c_int64
-    for name in ("forward", "backward", "steps"):
-        function = getattr(library, f"bdh_level_{name}")
-        function.argtypes, function.restype = [ctypes.POINTER(Call), c_void_p], None
-    return library
+    return NATIVE.usable()
 
 
 def bdh_level_cpp(
@@ -68,32 +58,25 @@ def bdh_level_cpp(
     turns = [x.float().mT.contiguous() for x in (cos, sin)]
     marks = [None if x is None else x.contiguous() for x in (starts, passed)]
     decay = None if decay is None else decay.float().contiguous()
-    inputs = [v.contiguous(), *weights] + ([] if state is None else [state])
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    learns = calls.learns(v, *weights, state)
     if learns or torch.compiler.is_compiling():
         u, state, active, _, _ = _differentiable(
             v.contiguous(), *weights, *turns, state, marks[0], decay, marks[1], dropout, norm_eps, learns
         )
         return u, state, active, None
-    memory = _memory(v, encoder) if state is None else state.float().contiguous()
+    memory = calls.memory(state, (v.shape[0], *encoder.shape), copy=False)
     call = _call(v.contiguous(), *weights, *turns, marks[0], decay, marks[1], dropout, norm_eps)
     u, active = _forward(call, v, memory, state is not None, None, None)
     return u, memory, active, None
 
 
-def _memory(v: Tensor, encoder: Tensor) -> Tensor:
-    return v.new_empty(v.shape[0], *encoder.shape)
-
-
 def _call(v, encoder, gate, decoder, cos, sin, starts, decay, passed, dropout, norm_eps) -> Call:
-    pointer = lambda x: None if x is None else x.data_ptr()
     call = Call(*v.shape[:2], *encoder.shape, torch.get_num_threads(), cos.shape[0])
     call.norm_eps, call.pass_scale = norm_eps, 1.0 / (1.0 - dropout)
     call.held = (v, encoder, gate, decoder, cos, sin, starts, decay, passed)  # as long as the addresses are used
-    for name, x in zip(
-        ("v", "encoder", "gate", "decoder", "cos", "sin", "starts", "decay", "passed"), call.held, strict=True
-    ):
-        setattr(call, name, pointer(x))
+    names = ("v", "encoder", "gate", "decoder", "cos", "sin", "starts", "decay", "passed")
+    for name, x in zip(names, call.held, strict=True):
+        setattr(call, name, address(x))
     return call
 
 
@@ -105,9 +88,9 @@ def _forward(
     u, each, active = v.new_empty(B, T, D), v.new_empty(B, H, T, D), v.new_empty(B, H, 2, dtype=torch.float64)
     call.has_state, call.wants_state, call.state = has_state, True, memory.data_ptr()
     call.u, call.active = each.data_ptr(), active.data_ptr()
-    call.a, call.kept = (None, None) if a is None else (a.data_ptr(), kept.data_ptr())
+    call.a, call.kept = address(a), address(kept)
     way = "steps" if a is None and T <= FEW and not call.passed else "forward"
-    getattr(_library(), f"bdh_level_{way}")(call, u.data_ptr())
+    NATIVE.run(way, call, u.data_ptr())
     return u, active.sum((0, 1)).float()
 
 
@@ -117,20 +100,22 @@ def _differentiable(
     starts: Tensor | None, decay: Tensor | None, passed: Tensor | None, dropout: float, norm_eps: float, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """u, the last memory, how many are active, and where `keep` what was read and the memories for backward."""
-    memory = _memory(v, encoder) if state is None else state.to(torch.float32, copy=True).contiguous()
-    call, a, kept = _call(v, encoder, gate, decoder, cos, sin, starts, decay, passed, dropout, norm_eps), None, None
-    if keep:
-        a = v.new_empty(v.shape[0], encoder.shape[0], *v.shape[1:])
-        kept = v.new_empty(_library().bdh_level_segments(call), *encoder.shape)
-    u, active = _forward(call, v, memory, state is not None, a, kept)
-    return (u, memory, active, a, kept) if keep else (u, memory, active, v.new_empty(0), v.new_empty(0))
+    memory = calls.memory(state, (v.shape[0], *encoder.shape), copy=True)
+    call = _call(v, encoder, gate, decoder, cos, sin, starts, decay, passed, dropout, norm_eps)
+    a, kept = _read(v, encoder, keep), calls.kept(memory, NATIVE.run("segments", call) if keep else 0)
+    u, active = _forward(call, v, memory, state is not None, *((a, kept) if keep else (None, None)))
+    return u, memory, active, a, kept
+
+
+def _read(v: Tensor, encoder: Tensor, keep: bool) -> Tensor:
+    """Room for what every head reads at each token, where it is kept."""
+    return v.new_empty((v.shape[0], encoder.shape[0], *v.shape[1:]) if keep else 0)
 
 
 @_differentiable.register_fake
 def _(v, encoder, gate, decoder, cos, sin, state, starts, decay, passed, dropout, norm_eps, keep):
-    a = v.new_empty(v.shape[0], encoder.shape[0], *v.shape[1:]) if keep else v.new_empty(0)
-    kept = v.new_empty(torch.library.get_ctx().new_dynamic_size(), *encoder.shape) if keep else v.new_empty(0)
-    return v.new_empty(v.shape), _memory(v, encoder), v.new_empty(2), a, kept
+    memory = calls.memory(None, (v.shape[0], *encoder.shape), copy=True)
+    return v.new_empty(v.shape), memory, v.new_empty(2), _read(v, encoder, keep), calls.kept_fake(memory, keep)
 
 
 @torch.library.custom_op("seqzoo::bdh_level_cpp_backward", mutates_args=())
@@ -148,7 +133,7 @@ def _gradients(
     weights = [v.new_zeros(call.parts, *encoder.shape) for _ in range(3)]
     call.du, call.d_state, call.dv = du.data_ptr(), d_state.data_ptr(), each.data_ptr()
     call.d_encoder, call.d_gate, call.d_decoder = (w.data_ptr() for w in weights)
-    _library().bdh_level_backward(call, d_v.data_ptr())
+    NATIVE.run("backward", call, d_v.data_ptr())
     return d_v, *(w.sum(0) if call.parts > 1 else w[0] for w in weights), d_state
 
 
