@@ -5,15 +5,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from seqzoo.kernels.dispatch import choose
+from seqzoo.kernels.gpu import usable
 from seqzoo.kernels.short_conv.composed import short_conv_composed
 from seqzoo.kernels.short_conv.cpp import NATIVE, short_conv_cpp
+from seqzoo.kernels.short_conv.gpu import MOST, short_conv_triton
 from seqzoo.kernels.short_conv.reference import short_conv_reference
 
 BACKENDS = {
     "reference": short_conv_reference,
     "torch": short_conv_composed,
     "cpp": short_conv_cpp,  # float32 and bfloat16 on a CPU
+    "triton": short_conv_triton,  # float32, bfloat16 and float16 on a GPU, up to 8 taps
 }
+KINDS = (torch.float32, torch.bfloat16, torch.float16)  # that Triton has
 
 
 def short_conv(
@@ -47,8 +51,15 @@ def short_conv(
         raise ValueError(f"short_conv: past: expected shape {(B, W - 1, C)}, got {tuple(past.shape)}")
     if starts is not None and (starts.shape != (B, T) or starts.dtype != torch.bool):
         raise ValueError(f"short_conv: starts: expected bool {(B, T)}, got {starts.dtype} {tuple(starts.shape)}")
-    name = choose(BACKENDS, tokens=T, device=x.device, able=lambda name: NATIVE.usable(x))
+    name = choose(BACKENDS, tokens=T, device=x.device, able=lambda name: able(name, x, weight))
     if not torch.is_autocast_enabled(x.device.type):
         return BACKENDS[name](x, weight, past, starts)
     with torch.autocast(x.device.type, enabled=False):  # y keeps x's dtype
         return BACKENDS[name](x, weight, past, starts)
+
+
+def able(name: str, x: Tensor, weight: Tensor) -> bool:
+    """Whether a fast backend is for such inputs."""
+    if name == "triton":
+        return usable() and x.dtype in KINDS and weight.shape[1] <= MOST
+    return NATIVE.usable(x)
