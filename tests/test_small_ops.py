@@ -98,7 +98,7 @@ def values_and_grads(fn, tensors, rest, reshape=lambda x: x):
     outputs = fn(*(None if t is None else reshape(t) for t in leaves), *rest)
     outputs = several(outputs)
     generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in outputs]
+    weights = [torch.randn(y.shape, generator=generator, device="cpu").to(y) for y in outputs]
     return [*outputs, *torch.autograd.grad(outputs, [t for t in leaves if t is not None], weights)]
 
 

@@ -2,24 +2,30 @@
 
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from seqzoo.kernels.dispatch import choose
+from seqzoo.kernels.gpu import usable
 from seqzoo.kernels.rms_norm.composed import gated_rms_norm_composed, rms_norm_composed
 from seqzoo.kernels.rms_norm.cpp import NATIVE, gated_rms_norm_cpp, rms_norm_cpp
+from seqzoo.kernels.rms_norm.gpu import MOST, gated_rms_norm_triton, rms_norm_triton
 from seqzoo.kernels.rms_norm.reference import gated_rms_norm_reference, rms_norm_reference
 
 BACKENDS = {
     "reference": rms_norm_reference,
     "torch": rms_norm_composed,
     "cpp": rms_norm_cpp,  # float32 and bfloat16 on a CPU
+    "triton": rms_norm_triton,  # float32, bfloat16 and float16 on a GPU, up to 8192 channels
 }
 GATED_BACKENDS = {
     "reference": gated_rms_norm_reference,
     "torch": gated_rms_norm_composed,
     "cpp": gated_rms_norm_cpp,
+    "triton": gated_rms_norm_triton,
 }
+KINDS = (torch.float32, torch.bfloat16, torch.float16)  # that Triton has
 
 
 def rms_norm(
@@ -74,5 +80,13 @@ def _check(op: str, x: Tensor, weight: Tensor) -> None:
 
 def _run(backends: dict[str, Callable], tensors: tuple[Tensor, ...], *numbers: float) -> Tensor:
     rows = 2  # of no matter: for one row, too, torch's norm is faster than the definition
-    able = lambda name: all(map(NATIVE.usable, tensors))  # x may be fp32, and a gate or weight fp16
-    return backends[choose(backends, tokens=rows, device=tensors[0].device, able=able)](*tensors, *numbers)
+    name = choose(backends, tokens=rows, device=tensors[0].device, able=lambda name: _able(name, tensors))
+    return backends[name](*tensors, *numbers)
+
+
+def _able(name: str, tensors: tuple[Tensor, ...]) -> bool:
+    """Whether a fast backend is for these; x may be fp32, and a gate or weight fp16."""
+    if name == "cpp":
+        return all(map(NATIVE.usable, tensors))
+    fits = tensors[0].shape[-1] <= MOST and all(t.dtype in KINDS for t in tensors)
+    return fits and usable() and not torch.compiler.is_compiling()  # for then torch fuses it with what is beside it

@@ -1,0 +1,266 @@
+"""The small fused ops in Triton: each is its definition, the same bits alone or beside others, on any strides."""
+
+import subprocess
+import sys
+from inspect import unwrap
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from test_small_ops import CASES, as_dtype, assert_near, conv, gated, norm, several, spread, values_and_grads
+from torch.testing import assert_close
+
+from seqzoo.kernels import gpu
+from seqzoo.kernels.dispatch import use_backend
+from seqzoo.kernels.gpu.tables import using
+from seqzoo.kernels.rms_norm import gated_rms_norm, rms_norm
+from seqzoo.kernels.rms_norm.op import BACKENDS as RMS_NORM
+from seqzoo.kernels.short_conv import short_conv
+from seqzoo.kernels.short_conv.step import short_conv_step_
+
+pytestmark = pytest.mark.skipif(not gpu.usable(), reason="no triton")
+HALF = torch.bfloat16
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, HALF: 2e-2}  # of the largest value
+LONG = {"norm blocks", "conv blocks", "conv strips", "conv documents", "conv documents, no past"}  # for the interpreter
+HALVES = ("one", "odd", "short")  # cases that are run in 16 bits, too, by the interpreter
+SMALL = {  # blocks so small that a few tokens and channels are many
+    ("short_conv", "forward"): dict(U=2, S=4, BC=8, num_warps=1, num_stages=1),
+    ("short_conv", "backward"): dict(U=2, S=4, BC=8, num_warps=1, num_stages=1),
+    ("rms_norm", "forward"): dict(BR=2, num_warps=1, num_stages=1),
+    ("rms_norm", "backward"): dict(BR=2, num_warps=1, num_stages=1),
+}
+
+
+@pytest.fixture(autouse=True)
+def where_kernels_run():
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        yield
+
+
+@pytest.fixture
+def small_blocks():
+    scopes = [using(*kernel, config) for kernel, config in SMALL.items()]
+    for scope in scopes:
+        scope.__enter__()
+    yield
+    for scope in scopes:
+        scope.__exit__(None, None, None)
+
+
+def same(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a, b, atol=0, rtol=0)
+
+
+def is_the_definition(backends, tensors, rest, dtype):
+    tensors = as_dtype(tensors, dtype)
+    truth = values_and_grads(backends["reference"], as_dtype(tensors, torch.float64), rest)
+    ours = values_and_grads(backends["triton"], tensors, rest)
+    assert_near(ours, truth, TOLERANCE[dtype])
+    assert [t.dtype for t in ours] == [t.dtype for t in values_and_grads(backends["reference"], tensors, rest)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", [case for case, make in CASES.items() if "triton" in make()[0]])
+def test_is_the_definition(case, dtype):
+    long = case in LONG or dtype != torch.float32 and not case.endswith(HALVES)
+    if long and not torch.cuda.is_available():
+        pytest.skip("too long for the interpreter")
+    is_the_definition(*CASES[case](), dtype)
+
+
+BLOCKS = {
+    "norm": lambda: norm(11, 3),
+    "gated": lambda: gated(3, 5, 6),
+    "conv": lambda: conv(2, 11, 10, 4, documents=True),
+    "conv, no past": lambda: conv(1, 9, 3, 3, past=False),
+    "conv, wider than a segment": lambda: conv(1, 6, 3, 7, documents=True),
+}
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+def test_many_blocks(case, small_blocks):
+    is_the_definition(*BLOCKS[case](), torch.float32)
+
+
+STRIDES = {
+    "norm": lambda: norm(2, 5, 3, 6),
+    "gated": lambda: gated(2, 5, 3, 6),
+    "conv": lambda: conv(2, 5, 6, 4, documents=True),
+}
+
+
+@pytest.mark.parametrize("case", STRIDES)
+def test_strides(case):
+    """Inputs that stand in wider rows, or have their last dimension apart, give the very bits."""
+    backends, tensors, rest = STRIDES[case]()
+    plain = values_and_grads(backends["triton"], tensors, rest)
+    turn = lambda x: x.mT.contiguous().mT if x.ndim > 1 else x
+    for reshape in (spread, turn):
+        same(values_and_grads(backends["triton"], tensors, rest, reshape=reshape), plain)
+    with torch.no_grad():
+        without = several(backends["triton"](*tensors, *rest))
+    assert not any(y.requires_grad for y in without)
+    same(without, plain[: len(without)])
+
+
+def values_and_grads_of(fn, x, weight, past, starts):
+    """y, the next past, and the gradients of x and past, for dy = y and no gradient of the next past."""
+    x, past = (t.detach().clone().requires_grad_() for t in (x, past))
+    y, last = fn(x, weight, past, starts)
+    return y, last, *torch.autograd.grad(y, (x, past), y.detach())
+
+
+def test_conv_of_a_row_depends_on_no_other(small_blocks):
+    """A row alone and in a batch, a document alone and packed: outputs and the gradients of inputs are the same."""
+    backends, (x, weight, past), (starts,) = conv(3, 9, 6, 4, documents=True)
+    run = lambda x, past, starts: values_and_grads_of(backends["triton"], x, weight, past, starts)
+    whole = run(x, past, starts)
+    for row in (slice(0, 1), slice(2, 3)):
+        same(run(x[row], past[row], starts[row]), [t[row] for t in whole])
+    starts = torch.zeros(1, 9, dtype=torch.bool)
+    starts[0, 5] = True
+    y, last, dx, dpast = run(x[:1], past[:1], starts)
+    y1, _, dx1, dpast1 = run(x[:1, :5], past[:1], None)
+    y2, last2, dx2, _ = run(x[:1, 5:], torch.zeros_like(past[:1]), None)
+    same([y, last, dx, dpast], [torch.cat([y1, y2], 1), last2, torch.cat([dx1, dx2], 1), dpast1])
+
+
+def test_norm_of_rows_that_repeat():
+    """Steps of nothing, within and around."""
+    x, gate, weight = torch.randn(3, 1, 5), torch.randn(4, 5).expand(3, 4, 5), torch.randn(5)
+    for a in (x.expand(3, 4, 5), gate):
+        assert_close(RMS_NORM["triton"](a, weight, 1e-3, 1.0), RMS_NORM["reference"](a, weight, 1e-3, 1.0))
+
+
+@pytest.mark.parametrize("kind", ["norm", "gated"])
+def test_norm_of_a_row_depends_on_no_other(kind):
+    backends, tensors, rest = norm(9, 20) if kind == "norm" else gated(9, 20)
+    y, dx, *dgate, _ = values_and_grads(backends["triton"], tensors, rest)
+    for row in (slice(0, 1), slice(5, 8)):
+        leaves = [t[row].clone().requires_grad_() for t in tensors[:-1]]
+        alone = backends["triton"](*leaves, tensors[-1], *rest)
+        generator = torch.Generator().manual_seed(1)
+        dy = torch.randn(y.shape, generator=generator, device="cpu").to(y)[row]
+        same([alone, *torch.autograd.grad(alone, leaves, dy)], [y[row], dx[row], *(t[row] for t in dgate)])
+
+
+@pytest.mark.parametrize("half", [HALF, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["norm", "gated"])
+def test_norm_rounds_where_the_definition_does(kind, half):
+    """So that what a layer computes in 16 bits is as in torch, within the last bit of the result."""
+    backends, tensors, rest = norm(50, 24) if kind == "norm" else gated(50, 24)
+    if half == HALF and not torch.cuda.is_available():
+        pytest.skip("the interpreter cuts bfloat16 off, it does not round")
+    tensors = as_dtype(tensors, half)
+    a, b = (backends[name](*tensors, *rest).double() for name in ("triton", "reference"))
+    assert ((a - b).abs() <= torch.finfo(half).eps * b.abs()).all() and (a == b).double().mean() > 0.98
+
+
+@pytest.mark.parametrize("cut", [1, 2, 6])
+def test_conv_cut_anywhere(cut, small_blocks):
+    """The next past is all there is to remember."""
+    backends, (x, weight, past), (starts,) = conv(2, 9, 5, 4, documents=True)
+    fn = backends["triton"]
+    whole, end = fn(x, weight, past, starts)
+    first, middle = fn(x[:, :cut], weight, past, starts[:, :cut])
+    second, last = fn(x[:, cut:], weight, middle, starts[:, cut:])
+    same([torch.cat([first, second], dim=1), last], [whole, end])
+
+
+STEPS = [(1, 4, "some"), (3, 4, "all"), (5, 3, "some"), (2, 1, "some")]
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("T, W, named", STEPS)
+def test_conv_step(T, W, named, backend):
+    """As the op on the slots that are named; of the others, and of a row without a slot, nothing is touched."""
+    x, weight, pool = torch.randn(3, T, 9), torch.randn(9, W), torch.randn(5, W - 1, 12)[..., 2:-1]
+    starts = torch.rand(3, T) < 0.3 if T > 1 else None
+    index = torch.tensor([3, -1, 0], dtype=torch.int32) if named == "some" else None
+    rows, slots = ([0, 2], [3, 0]) if named == "some" else ([0, 1, 2], [0, 1, 2])
+    expected, after = torch.zeros_like(x), pool.clone()
+    marks = None if starts is None else starts[rows]
+    expected[rows], after[slots] = short_conv(x[rows], weight, pool[slots], marks)
+    with use_backend(backend):
+        y = short_conv_step_(x, weight, pool, index, starts)
+    assert_close(y, expected, atol=1e-6, rtol=1e-5)
+    assert_close(pool, after, atol=0, rtol=0)
+
+
+def test_conv_step_beyond_the_pool():
+    x, pool = torch.randn(2, 1, 4), torch.randn(2, 3, 4)
+    with use_backend("triton"):
+        y = short_conv_step_(x, torch.randn(4, 4), pool, torch.tensor([2, 1]))
+    assert y[0].isnan().all() and y[1].isfinite().all()
+
+
+def wrong_steps():
+    x, w, pool = torch.zeros(2, 3, 8), torch.zeros(8, 4), torch.zeros(5, 3, 8)
+    step = unwrap(short_conv_step_)
+    yield "x: expected .* T of 1 to 16, got", lambda: step(torch.zeros(2, 17, 8), w, pool)
+    yield "weight: expected shape", lambda: step(x, w[:7], pool)
+    yield "pool: expected shape", lambda: step(x, w, pool[:, 1:])
+    yield "pool: expected a slot for each of 2 rows", lambda: step(x, w, pool[:1])
+    yield "pool: expected channels side by side", lambda: step(x, w, pool.mT.contiguous().mT)
+    yield "index: expected torch.int64, got torch.float32", lambda: step(x, w, pool, torch.zeros(2))
+    yield "index: expected shape", lambda: step(x, w, pool, torch.zeros(3, dtype=torch.int64))
+    yield "weight: expected no gradient to be recorded", lambda: step(x, w.clone().requires_grad_(), pool)
+
+
+@pytest.mark.parametrize("message", [message for message, _ in wrong_steps()])
+def test_conv_step_errors(message):
+    with pytest.raises(ValueError, match=f"short_conv_step_: {message}"):
+        dict(wrong_steps())[message]()
+
+
+def refused():
+    x, w = torch.zeros(1, 2, 3), torch.zeros(3, 9)
+    wide = torch.zeros(2, 8193)
+    yield "expected float32, bfloat16 or float16, got torch.float64", lambda: unwrap(short_conv)(x.double(), w[:, :4])
+    yield "short_conv: .* expected at most {'W': 8", lambda: unwrap(short_conv)(x, w)
+    yield "rms_norm: .* expected at most {'W': 8192}", lambda: unwrap(rms_norm)(wide, wide[0], 1e-6)
+    yield "expected at most {'W': 8192}", lambda: unwrap(gated_rms_norm)(wide, wide, wide[0], 1e-6)
+
+
+@pytest.mark.parametrize("message", [message for message, _ in refused()])
+def test_what_it_cannot_run_is_refused(message):
+    with use_backend("triton"), pytest.raises(ValueError, match=message):
+        dict(refused())[message]()
+
+
+TRACED = """
+import torch
+from seqzoo.kernels.dispatch import use_backend
+from seqzoo.kernels.rms_norm import gated_rms_norm, rms_norm
+from seqzoo.kernels.rms_norm import gated_rms_norm, rms_norm
+from seqzoo.kernels.rms_norm.op import BACKENDS as RMS_NORM
+from seqzoo.kernels.rms_norm import gated_rms_norm, rms_norm
+from seqzoo.kernels.short_conv import short_conv
+from seqzoo.kernels.short_conv.step import short_conv_step_
+
+def norms(x, weight, gate):
+    return gated_rms_norm(rms_norm(x, weight, 1e-6, offset=1.0), gate, weight, 1e-6),
+
+def conv(x, filters, starts):
+    y, past = short_conv(x, filters, None, starts)
+    with torch.no_grad():
+        z = short_conv_step_(x.detach(), filters.detach(), past)
+    return y, past, z
+
+torch.manual_seed(0)
+starts = torch.rand(2, 3) < 0.3
+for run, shapes, rest in ((conv, [(2, 3, 5), (5, 4)], [starts]), (norms, [(2, 3, 5), (5,), (2, 3, 5)], [])):
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    with use_backend("triton"):
+        results = [f(*leaves, *rest) for f in (torch.compile(run, backend="aot_eager", fullgraph=True), run)]
+        grads = [torch.autograd.grad(sum(y.square().sum() for y in ys), leaves) for ys in results]
+    for a, b in zip((*results[0], *grads[0]), (*results[1], *grads[1]), strict=True):
+        torch.testing.assert_close(a, b)
+"""
+
+
+def test_compiles():
+    """Traced into one graph, forward and backward; in a process without the type checks of tests."""
+    done = subprocess.run([sys.executable, "-c", TRACED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
