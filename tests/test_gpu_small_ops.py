@@ -7,10 +7,12 @@ from inspect import unwrap
 import pytest
 import torch
 import torch.utils.checkpoint
-from test_small_ops import CASES, as_dtype, assert_near, conv, gated, norm, several, spread, values_and_grads
+from test_small_ops import CASES, as_dtype, assert_near, conv, gated, inputs, norm, several, spread, values_and_grads
 from torch.testing import assert_close
 
 from seqzoo.kernels import gpu
+from seqzoo.kernels.delta_inputs import delta_inputs
+from seqzoo.kernels.delta_inputs.op import BACKENDS as DELTA_INPUTS
 from seqzoo.kernels.dispatch import use_backend
 from seqzoo.kernels.gpu.tables import using
 from seqzoo.kernels.rms_norm import gated_rms_norm, rms_norm
@@ -21,11 +23,13 @@ from seqzoo.kernels.short_conv.step import short_conv_step_
 pytestmark = pytest.mark.skipif(not gpu.usable(), reason="no triton")
 HALF = torch.bfloat16
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, HALF: 2e-2}  # of the largest value
-LONG = {"norm blocks", "conv blocks", "conv strips", "conv documents", "conv documents, no past"}  # for the interpreter
+LONG = ("blocks", "conv strips", "conv documents", "conv documents, no past")  # for the interpreter
 HALVES = ("one", "odd", "short")  # cases that are run in 16 bits, too, by the interpreter
 SMALL = {  # blocks so small that a few tokens and channels are many
     ("short_conv", "forward"): dict(U=2, S=4, BC=8, num_warps=1, num_stages=1),
     ("short_conv", "backward"): dict(U=2, S=4, BC=8, num_warps=1, num_stages=1),
+    ("delta_inputs", "forward"): dict(BR=2, num_warps=1, num_stages=1),
+    ("delta_inputs", "backward"): dict(BR=2, num_warps=1, num_stages=1),
     ("rms_norm", "forward"): dict(BR=2, num_warps=1, num_stages=1),
     ("rms_norm", "backward"): dict(BR=2, num_warps=1, num_stages=1),
 }
@@ -63,13 +67,15 @@ def is_the_definition(backends, tensors, rest, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("case", [case for case, make in CASES.items() if "triton" in make()[0]])
 def test_is_the_definition(case, dtype):
-    long = case in LONG or dtype != torch.float32 and not case.endswith(HALVES)
+    long = case.endswith(LONG) or dtype != torch.float32 and not case.endswith(HALVES)
     if long and not torch.cuda.is_available():
         pytest.skip("too long for the interpreter")
     is_the_definition(*CASES[case](), dtype)
 
 
 BLOCKS = {
+    "inputs": lambda: inputs(2, 3, 2, 4, 3, 5),
+    "inputs, more key heads than in a block": lambda: inputs(1, 3, 3, 3, 5, 2),
     "norm": lambda: norm(11, 3),
     "gated": lambda: gated(3, 5, 6),
     "conv": lambda: conv(2, 11, 10, 4, documents=True),
@@ -84,6 +90,7 @@ def test_many_blocks(case, small_blocks):
 
 
 STRIDES = {
+    "inputs": lambda: inputs(2, 3, 2, 4, 3, 5),
     "norm": lambda: norm(2, 5, 3, 6),
     "gated": lambda: gated(2, 5, 3, 6),
     "conv": lambda: conv(2, 5, 6, 4, documents=True),
@@ -124,6 +131,37 @@ def test_conv_of_a_row_depends_on_no_other(small_blocks):
     y1, _, dx1, dpast1 = run(x[:1, :5], past[:1], None)
     y2, last2, dx2, _ = run(x[:1, 5:], torch.zeros_like(past[:1]), None)
     same([y, last, dx, dpast], [torch.cat([y1, y2], 1), last2, torch.cat([dx1, dx2], 1), dpast1])
+
+
+def test_inputs_of_a_token_depend_on_no_other():
+    backends, (qkv, ba, *heads), rest = inputs(2, 4, 2, 4, 6, 5)
+
+    def run(qkv, ba):
+        leaves = [qkv.clone().requires_grad_(), ba.clone().requires_grad_()]
+        outputs = backends["triton"](*leaves, *heads, *rest)
+        return *outputs, *torch.autograd.grad(outputs, leaves, [y.detach() for y in outputs])
+
+    whole = run(qkv, ba)
+    for at in ((slice(1, 2), slice(None)), (slice(0, 1), slice(2, 3))):
+        same(run(qkv[at], ba[at]), [t[at] for t in whole])
+
+
+def test_values_are_a_view():
+    for learns in (False, True):
+        _, (qkv, *others), (H, K) = inputs(2, 3, 2, 4, 5, 3)
+        v = DELTA_INPUTS["triton"](qkv.requires_grad_(learns), *others, H, K).v
+        assert v.data_ptr() == qkv[..., 2 * H * K :].data_ptr() and v.requires_grad == learns
+
+
+def test_extreme_gates():
+    """No overflow where a gate is shut or wide open, and no digits lost where a decay is slow."""
+    x = torch.tensor([-1e4, -100.0, -80.0, -30.0, -7.0, 0.0, 30.0, 88.5, 1e4]).expand(2, 3, 9).contiguous()
+    truth = torch.nn.functional.silu(x.double())
+    y, _ = conv(1, 1, 1, 1)[0]["triton"](x, torch.ones(9, 1), None, None)
+    assert_close(y.double(), truth, atol=1e-30, rtol=1e-5)
+    *_, g, beta = DELTA_INPUTS["triton"](torch.randn(2, 3, 11), torch.cat([x, x], -1), *torch.zeros(2, 9), 1, 1)
+    assert_close(g.double(), -torch.nn.functional.softplus(x.double()), atol=1e-30, rtol=1e-5)
+    assert_close(beta.double(), x.double().sigmoid(), atol=1e-30, rtol=1e-5)
 
 
 def test_norm_of_rows_that_repeat():
@@ -218,6 +256,8 @@ def refused():
     x, w = torch.zeros(1, 2, 3), torch.zeros(3, 9)
     wide = torch.zeros(2, 8193)
     yield "expected float32, bfloat16 or float16, got torch.float64", lambda: unwrap(short_conv)(x.double(), w[:, :4])
+    keys = torch.zeros(1, 1, 1027), torch.zeros(1, 1, 2), torch.zeros(1), torch.zeros(1)
+    yield "expected at most {'K': 512}", lambda: unwrap(delta_inputs)(*keys, num_key_heads=1, key_width=513)
     yield "short_conv: .* expected at most {'W': 8", lambda: unwrap(short_conv)(x, w)
     yield "rms_norm: .* expected at most {'W': 8192}", lambda: unwrap(rms_norm)(wide, wide[0], 1e-6)
     yield "expected at most {'W': 8192}", lambda: unwrap(gated_rms_norm)(wide, wide, wide[0], 1e-6)
@@ -231,13 +271,14 @@ def test_what_it_cannot_run_is_refused(message):
 
 TRACED = """
 import torch
+from seqzoo.kernels.delta_inputs import delta_inputs
 from seqzoo.kernels.dispatch import use_backend
-from seqzoo.kernels.rms_norm import gated_rms_norm, rms_norm
-from seqzoo.kernels.rms_norm import gated_rms_norm, rms_norm
-from seqzoo.kernels.rms_norm.op import BACKENDS as RMS_NORM
 from seqzoo.kernels.rms_norm import gated_rms_norm, rms_norm
 from seqzoo.kernels.short_conv import short_conv
 from seqzoo.kernels.short_conv.step import short_conv_step_
+
+def inputs(qkv, ba, a_log, dt_bias):
+    return delta_inputs(2 * qkv, ba, a_log, dt_bias, num_key_heads=2, key_width=3)
 
 def norms(x, weight, gate):
     return gated_rms_norm(rms_norm(x, weight, 1e-6, offset=1.0), gate, weight, 1e-6),
@@ -250,7 +291,11 @@ def conv(x, filters, starts):
 
 torch.manual_seed(0)
 starts = torch.rand(2, 3) < 0.3
-for run, shapes, rest in ((conv, [(2, 3, 5), (5, 4)], [starts]), (norms, [(2, 3, 5), (5,), (2, 3, 5)], [])):
+for run, shapes, rest in (
+    (conv, [(2, 3, 5), (5, 4)], [starts]),
+    (norms, [(2, 3, 5), (5,), (2, 3, 5)], []),
+    (inputs, [(2, 3, 20), (2, 3, 4), (2,), (2,)], []),
+):
     leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
     with use_backend("triton"):
         results = [f(*leaves, *rest) for f in (torch.compile(run, backend="aot_eager", fullgraph=True), run)]

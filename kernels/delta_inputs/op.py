@@ -1,18 +1,23 @@
 """delta_inputs: the public op. Everything above this folder calls this and nothing else in it."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from seqzoo.kernels.delta_inputs.composed import delta_inputs_composed
 from seqzoo.kernels.delta_inputs.cpp import NATIVE, delta_inputs_cpp
+from seqzoo.kernels.delta_inputs.gpu import MOST, delta_inputs_triton
 from seqzoo.kernels.delta_inputs.reference import DeltaInputs, delta_inputs_reference
 from seqzoo.kernels.dispatch import choose
+from seqzoo.kernels.gpu import usable
 
 BACKENDS = {
     "reference": delta_inputs_reference,
     "torch": delta_inputs_composed,
     "cpp": delta_inputs_cpp,  # float32 and bfloat16 on a CPU
+    "triton": delta_inputs_triton,  # float32, bfloat16 and float16 on a GPU, keys up to 512 wide
 }
+KINDS = (torch.float32, torch.bfloat16, torch.float16)  # that Triton has
 
 
 def delta_inputs(
@@ -53,5 +58,8 @@ def delta_inputs(
         raise ValueError(f"delta_inputs: ba: expected shape {(*qkv.shape[:2], 2 * HV)}, got {tuple(ba.shape)}")
     if dt_bias.shape != a_log.shape:
         raise ValueError(f"delta_inputs: dt_bias: expected shape {(HV,)}, got {tuple(dt_bias.shape)}")
-    name = choose(BACKENDS, tokens=qkv.shape[1], device=qkv.device, able=lambda name: NATIVE.usable(qkv))
+    able = lambda name: (
+        usable() and qkv.dtype in KINDS and key_width <= MOST if name == "triton" else NATIVE.usable(qkv)
+    )
+    name = choose(BACKENDS, tokens=qkv.shape[1], device=qkv.device, able=able)
     return BACKENDS[name](qkv, ba, a_log, dt_bias, num_key_heads, key_width)
