@@ -19,6 +19,8 @@ from seqzoo.kernels.rms_norm import gated_rms_norm, rms_norm
 from seqzoo.kernels.rms_norm.op import BACKENDS as RMS_NORM
 from seqzoo.kernels.short_conv import short_conv
 from seqzoo.kernels.short_conv.step import short_conv_step_
+from seqzoo.kernels.spike import spike
+from seqzoo.kernels.spike.op import BACKENDS as SPIKE
 
 pytestmark = pytest.mark.skipif(not gpu.usable(), reason="no triton")
 HALF = torch.bfloat16
@@ -195,6 +197,47 @@ def test_norm_rounds_where_the_definition_does(kind, half):
     assert ((a - b).abs() <= torch.finfo(half).eps * b.abs()).all() and (a == b).double().mean() > 0.98
 
 
+SPIKES = [(1,), (3, 5, 37), (2, 130), (0, 4), (3, 5000)]  # the last in blocks
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SPIKES, ids=str)
+def test_spikes_are_the_definition(shape, dtype):
+    """To the bit; rows of tiny and huge values too, whose threshold is clamped; gradients with the threshold, too."""
+    if dtype == HALF and not torch.cuda.is_available():
+        pytest.skip("the interpreter cuts bfloat16 off, it does not round")
+    exponents = torch.linspace(-6, 7 if dtype == torch.float32 else 3, shape[0] or 1)
+    x = (torch.randn(shape) * 10 ** exponents.view(-1, *[1] * (len(shape) - 1))).to(dtype)
+    for k in (0.5, 3.0, 50.0):
+        assert torch.equal(SPIKE["triton"](x, k, False), SPIKE["reference"](x, k, False))
+        for through in (False, True):
+            spike_of = lambda backend, k=k, through=through: lambda x: SPIKE[backend](x, k, through)
+            ours, theirs = (values_and_grads(spike_of(name), [x], ()) for name in ("triton", "reference"))
+            assert_near(ours, theirs, TOLERANCE[dtype])
+            assert ours[1].dtype == dtype
+
+
+def test_spikes_of_what_is_no_number():
+    """As the definition: a NaN makes its row NaN, an infinity makes it not finite; other rows do not hear of it."""
+    x = torch.randn(3, 8)
+    x[0, 2], x[2, 5] = torch.nan, torch.inf
+    y = SPIKE["triton"](x, 3.0, False)
+    assert y[0].isnan().all() and y[1].isfinite().all() and not y[2].isfinite().all()
+    ties = torch.tensor([[1.5, 0.5, -2.5, -0.5, 1.0, -6.0]])  # mean 2
+    assert SPIKE["triton"](ties, 2.0, False).tolist() == [[2.0, 0.0, -2.0, 0.0, 1.0, -6.0]]
+
+
+def test_spikes_of_a_row_depend_on_no_other():
+    x = torch.randn(7, 40)
+    y, dx = values_and_grads(lambda x: SPIKE["triton"](x, 3.0, True), [x], ())
+    dy = torch.randn(7, 40, generator=torch.Generator().manual_seed(1), device="cpu").to(x)
+    leaf = x[2:4].clone().requires_grad_()
+    alone = SPIKE["triton"](leaf, 3.0, True)
+    same([alone, *torch.autograd.grad(alone, leaf, dy[2:4])], [y[2:4], dx[2:4]])
+    for odd in (x[:, 3:20], x.mT, x[:1].expand(4, -1)):
+        assert torch.equal(SPIKE["triton"](odd, 3.0, False), SPIKE["reference"](odd, 3.0, False))
+
+
 @pytest.mark.parametrize("cut", [1, 2, 6])
 def test_conv_cut_anywhere(cut, small_blocks):
     """The next past is all there is to remember."""
@@ -255,8 +298,9 @@ def test_conv_step_errors(message):
 def refused():
     x, w = torch.zeros(1, 2, 3), torch.zeros(3, 9)
     wide = torch.zeros(2, 8193)
-    yield "expected float32, bfloat16 or float16, got torch.float64", lambda: unwrap(short_conv)(x.double(), w[:, :4])
+    yield "expected float32, bfloat16 .* got torch.float64", lambda: unwrap(short_conv)(x.double(), w[:, :4])
     keys = torch.zeros(1, 1, 1027), torch.zeros(1, 1, 2), torch.zeros(1), torch.zeros(1)
+    yield "expected float32, bfloat16 or float16, got torch.float64", lambda: unwrap(spike)(x.double())
     yield "expected at most {'K': 512}", lambda: unwrap(delta_inputs)(*keys, num_key_heads=1, key_width=513)
     yield "short_conv: .* expected at most {'W': 8", lambda: unwrap(short_conv)(x, w)
     yield "rms_norm: .* expected at most {'W': 8192}", lambda: unwrap(rms_norm)(wide, wide[0], 1e-6)
@@ -276,9 +320,13 @@ from seqzoo.kernels.dispatch import use_backend
 from seqzoo.kernels.rms_norm import gated_rms_norm, rms_norm
 from seqzoo.kernels.short_conv import short_conv
 from seqzoo.kernels.short_conv.step import short_conv_step_
+from seqzoo.kernels.spike import spike
 
 def inputs(qkv, ba, a_log, dt_bias):
     return delta_inputs(2 * qkv, ba, a_log, dt_bias, num_key_heads=2, key_width=3)
+
+def spikes(x):
+    return spike(2 * x), spike(3 * x, through_threshold=True)
 
 def norms(x, weight, gate):
     return gated_rms_norm(rms_norm(x, weight, 1e-6, offset=1.0), gate, weight, 1e-6),
@@ -294,6 +342,7 @@ starts = torch.rand(2, 3) < 0.3
 for run, shapes, rest in (
     (conv, [(2, 3, 5), (5, 4)], [starts]),
     (norms, [(2, 3, 5), (5,), (2, 3, 5)], []),
+    (spikes, [(4, 9)], []),
     (inputs, [(2, 3, 20), (2, 3, 4), (2,), (2,)], []),
 ):
     leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]

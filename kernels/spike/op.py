@@ -7,7 +7,8 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from seqzoo.kernels.dispatch import choose
-from seqzoo.kernels.spike import cpp
+from seqzoo.kernels.gpu import usable
+from seqzoo.kernels.spike import cpp, gpu
 from seqzoo.kernels.spike.composed import spike_composed, spike_linear_composed
 from seqzoo.kernels.spike.reference import spike_counts_reference, spike_linear_reference, spike_reference
 
@@ -15,12 +16,14 @@ BACKENDS = {
     "reference": spike_reference,
     "torch": spike_composed,
     "cpp": cpp.spike_cpp,  # float32 and bfloat16 on a CPU
+    "triton": gpu.spike_triton,  # float32, bfloat16 and float16 on a GPU
 }
 LINEAR_BACKENDS = {
     "reference": spike_linear_reference,
     "torch": spike_linear_composed,
     "cpp": cpp.spike_linear_cpp,
 }
+KINDS = (torch.float32, torch.bfloat16, torch.float16)  # that Triton has
 MOST = 1 << 14  # channels in a group, whose sum must not leave int32
 
 
@@ -57,8 +60,8 @@ def spike(x: Float[Tensor, "*rows W"], *, k: float = 3.0, through_threshold: boo
         ValueError: as `spike_counts`, or a forced backend that cannot run this.
     """
     _check("spike", x, k)
-    able = lambda name: not through_threshold and cpp.SPIKE.usable(x)
-    return BACKENDS[choose(BACKENDS, tokens=2, device=x.device, able=able)](x, k, through_threshold)
+    name = choose(BACKENDS, tokens=2, device=x.device, able=lambda name: _able(name, x, through_threshold))
+    return BACKENDS[name](x, k, through_threshold)
 
 
 def spike_linear(
@@ -102,6 +105,13 @@ def _spike_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None
     )
     run = LINEAR_BACKENDS[choose(LINEAR_BACKENDS, tokens=2, device=x.device, able=able)]
     return run(x, weight, scales, bias, k, group)
+
+
+def _able(name: str, x: Tensor, through_threshold: bool) -> bool:
+    """Whether a fast backend is for such a spike."""
+    if name == "triton":
+        return usable() and x.dtype in KINDS and not torch.compiler.is_compiling()  # for then torch fuses by itself
+    return not through_threshold and cpp.SPIKE.usable(x)
 
 
 def _check(op: str, x: Tensor, k: float) -> None:
