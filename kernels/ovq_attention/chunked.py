@@ -1,20 +1,21 @@
 """OVQ attention, a chunk of every document at a time, in torch on any device.
 
-Kept for backward are the inputs, the outputs and each chunk's memory; the logits are computed again. So memory in
-training grows by N (K + V) / C numbers a token and key head, never by [T, N] scores. Where a state, packed documents or
-padding come in, the host waits once to know their places; the chunks themselves never wait.
+Memory in training grows by N (K + V) / C numbers a token and key head, never by [T, N] scores. Where a state, packed
+documents or padding come in, the host waits once to know their places; the chunks themselves never wait.
 
 A documents at work   G key heads   H = r G query heads   L new tokens   C tokens of the chunk   M slots in use
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from seqzoo.kernels.ovq_attention.layout import Document, Step, layout
+from seqzoo.kernels.ovq_attention.layout import Document, Layout, layout
+from seqzoo.kernels.ovq_attention.read import InTurn, column
 from seqzoo.kernels.ovq_attention.rule import OVQRule, OVQState
 
 
@@ -27,8 +28,9 @@ def ovq_attention_chunked(
     state: OVQState | None = None,
     starts: Tensor | None = None,
     valid: Tensor | None = None,
+    read: Callable[[Tensor, Tensor, Tensor, Layout, OVQRule], Any] = InTurn,
 ) -> tuple[Tensor, OVQState | None]:
-    """Same as `ovq_attention_reference`."""
+    """Same as `ovq_attention_reference`; `read`: who reads, in the manner of `InTurn`."""
     dtype = torch.promote_types(v.dtype, torch.float32)
     kv, scale = torch.cat([k, v], dim=-1), scale.to(dtype)
     seen = [0] * len(q) if state is None else state.tokens.tolist()
@@ -37,12 +39,12 @@ def ovq_attention_chunked(
     plan = layout(q, kv, rule.chunk, seen, starts, valid, keep=state is not None)
     if not plan.steps:  # nothing but padding
         return q.new_zeros(*q.shape[:3], v.shape[-1], dtype=v.dtype), state
-    queries = plan.queries.take(q.to(dtype) * scale[:, None])
     memory, counts = _before(plan.documents, state, kv, dtype)
-    outputs, ended = [], _Ended(plan.documents, q.shape[1])
-    for s, (step, chunk) in enumerate(zip(plan.steps, plan.tokens.take(kv), strict=True)):
-        chunk = chunk.to(dtype)  # [A, G, C, K + V]
-        outputs.append(_read(queries[s], memory, counts, chunk, scale, step, rule))
+    tokens = plan.tokens.rows(kv).to(dtype)
+    reader, ended = read(q, tokens, scale, plan, rule), _Ended(plan.documents, q.shape[1])
+    for s, (step, chunk) in enumerate(zip(plan.steps, plan.tokens.parts(tokens), strict=True)):
+        M = max(map(rule.used, step.merged))
+        reader.add(memory[:, :, :M], counts[:, :, :M])
         n, going_on = step.writes, plan.steps[s + 1].at_work if s + 1 < len(plan.steps) else 0
         if state is not None:
             ended.add(n, memory[n:], counts[n:])
@@ -51,7 +53,7 @@ def ovq_attention_chunked(
         if state is not None:
             ended.add(going_on, memory[going_on:n], counts[going_on:n])
         memory, counts = memory[:going_on], counts[:going_on]
-    o = plan.queries.give_back(outputs).view(*q.shape[:3], -1).to(v.dtype)
+    o = plan.queries.give_back(reader.rows()).view(*q.shape[:3], -1).to(v.dtype)
     return o, None if state is None else ended.state(state, kv, seen, rule)
 
 
@@ -103,71 +105,6 @@ class _Ended:
         return OVQState(_rows(memory, order), _rows(counts, order), pending, tokens)
 
 
-def _column(values: Sequence[int], device: torch.device) -> int | Tensor:
-    """A number for each document: one for all, or [A, 1, 1]."""
-    if all(x == values[0] for x in values):
-        return values[0]
-    return torch.tensor(values, device=device)[:, None, None]
-
-
-def _read(q: Tensor, memory: Tensor, counts: Tensor, chunk: Tensor, scale: Tensor, step: Step, rule: OVQRule) -> Tensor:
-    """The new tokens of a chunk: q [A, H, L, K] times scale, chunk [A, G, C, K + V] -> o [A, H, L, V]."""
-    (A, H, L, K), G = q.shape, chunk.shape[1]
-    M = max(map(rule.used, step.merged))
-    memory, counts = memory[:, :, :M], counts[:, :, :M]
-    bias = counts.log() if rule.log_count else torch.zeros_like(counts).masked_fill_(counts == 0, -torch.inf)
-    if rule.norm_correction:  # as one more channel of queries and keys
-        correction = (1 - memory[..., :K].square().sum(-1, keepdim=True)) / 2
-        memory = torch.cat([memory[..., :K], correction, memory[..., K:]], dim=-1)
-        q = torch.cat([q, scale[:, None, None].expand(A, H, L, 1)], dim=-1)
-        chunk = torch.cat([chunk[..., :K], torch.zeros_like(chunk[..., :1]), chunk[..., K:]], dim=-1)
-    last = torch.arange(L, device=q.device)[:, None] + _column(step.offset, q.device)  # [L, 1] or [A, L, 1]
-    last = last.repeat(*[1] * (last.ndim - 2), H // G, 1)  # the rows of a key head: its query heads' tokens
-    if last.ndim == 3:
-        last = last.repeat_interleave(G, dim=0)
-    q = q.reshape(A * G, H // G * L, -1)
-    o = _Read.apply(q, memory.flatten(0, 1), bias.flatten(0, 1)[:, None], chunk.flatten(0, 1), last)
-    return o.view(A, H, L, -1)
-
-
-def _weights(q: Tensor, memory: Tensor, bias: Tensor, chunk: Tensor, last: Tensor) -> Tensor:
-    """Of slots, then tokens: [A G, r L, M + C]."""
-    K, C = q.shape[-1], chunk.shape[1]
-    future = torch.arange(C, device=q.device) > last
-    future = torch.zeros_like(future, dtype=q.dtype).masked_fill_(future, -torch.inf)
-    slots, tokens = torch.baddbmm(bias, q, memory[..., :K].mT), torch.baddbmm(future, q, chunk[..., :K].mT)
-    return torch.cat([slots, tokens], dim=-1).softmax(-1)
-
-
-class _Read(torch.autograd.Function):
-    """q [A G, r L, K], memory [A G, M, K + V], bias [A G, 1, M], chunk [A G, C, K + V], last [(A G,) r L, 1] token of
-    the chunk that each query sees."""
-
-    @staticmethod
-    def forward(ctx, q, memory, bias, chunk, last):
-        K, M = q.shape[-1], memory.shape[1]
-        p = _weights(q, memory, bias, chunk, last)
-        o = torch.baddbmm(torch.bmm(p[..., :M], memory[..., K:]), p[..., M:], chunk[..., K:])
-        ctx.save_for_backward(q, memory, bias, chunk, last, o)
-        return o
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_o):
-        q, memory, bias, chunk, last, o = ctx.saved_tensors
-        K, M = q.shape[-1], memory.shape[1]
-        with torch.autocast(q.device.type, enabled=False):
-            p = _weights(q, memory, bias, chunk, last)
-            d_p = torch.cat([torch.bmm(d_o, memory[..., K:].mT), torch.bmm(d_o, chunk[..., K:].mT)], dim=-1)
-            d_logits = d_p.sub_((d_o * o).sum(-1, keepdim=True)).mul_(p)
-            d_q = torch.baddbmm(torch.bmm(d_logits[..., :M], memory[..., :K]), d_logits[..., M:], chunk[..., :K])
-            d_memory, d_chunk = (
-                torch.cat([torch.bmm(d_logits[..., part].mT, q), torch.bmm(p[..., part].mT, d_o)], dim=-1)
-                for part in (slice(M), slice(M, None))
-            )
-        return d_q, d_memory, None, d_chunk, None
-
-
 def _write(
     memory: Tensor, counts: Tensor, chunk: Tensor, merged: list[int], K: int, rule: OVQRule
 ) -> tuple[Tensor, Tensor]:
@@ -196,7 +133,7 @@ class _Write(torch.autograd.Function):
         M = memory.shape[2]
         new = memory * keep[:, :, :M]
         new = F.pad(new, (0, 0, 0, keep.shape[2] - M)) if keep.shape[2] > M else new
-        new.view(-1, new.shape[-1]).index_add_(0, slot, (chunk * move).flatten(0, 2))
+        add_rows(new.view(-1, new.shape[-1]), slot, (chunk * move).flatten(0, 2))
         ctx.save_for_backward(slot, keep[:, :, :M], move)
         return new
 
@@ -206,6 +143,14 @@ class _Write(torch.autograd.Function):
         slot, keep, move = ctx.saved_tensors
         d_chunk = d_new.flatten(0, 2).index_select(0, slot).view(*move.shape[:3], -1) * move
         return d_new[:, :, : keep.shape[2]] * keep, d_chunk, None, None, None
+
+
+def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
+    """total[index] += rows, always in one order, which a GPU keeps in this way only."""
+    if total.device.type == "cuda":
+        total.index_put_((index,), rows, accumulate=True)
+    else:
+        total.index_add_(0, index, rows)
 
 
 def _assign(k: Tensor, slots: Tensor, counts: Tensor, merged: list[int], rule: OVQRule) -> Tensor:
@@ -227,7 +172,7 @@ def _assign(k: Tensor, slots: Tensor, counts: Tensor, merged: list[int], rule: O
             order = torch.stack([rule.scatter(t, device) for t in merged])[:, None].expand_as(slot)
         place = torch.arange(C, device=device).expand_as(order)
         rank = torch.empty_like(place).scatter_(-1, order, place)
-        slot = torch.where(rank < _column(new, device), rank + _column(used, device), slot)
+        slot = torch.where(rank < column(new, device), rank + column(used, device), slot)
     if not all(merged):
         first = torch.tensor([t == 0 for t in merged], device=device)[:, None, None]
         slot = torch.where(first, _assign_first(k @ k.mT, rule.used(C), rule), slot)

@@ -84,13 +84,19 @@ class Places(NamedTuple):
 
     def take(self, x: Tensor) -> list[Tensor]:
         """x [B, T, H, W] -> of each step [documents, H, width, W]."""
-        rows = _Take.apply(x.flatten(0, 2), self.there, None, self.back, self.lost)
+        return self.parts(self.rows(x))
+
+    def rows(self, x: Tensor) -> Tensor:
+        """x [B, T, H, W] -> [n, W], all steps' rows."""
+        return _Take.apply(x.flatten(0, 2), self.there, None, self.back, self.lost)
+
+    def parts(self, rows: Tensor) -> list[Tensor]:
+        """rows [n, W] -> of each step [documents, H, width, W]."""
         parts = rows.split([a * b * c for a, b, c in self.sizes])
         return [part.view(*size, -1) for part, size in zip(parts, self.sizes, strict=True)]
 
-    def give_back(self, parts: Sequence[Tensor]) -> Tensor:
-        """The reverse: -> [B T H, W], zeros where no piece has anything."""
-        rows = torch.cat([part.flatten(0, 2) for part in parts])
+    def give_back(self, rows: Tensor) -> Tensor:
+        """The reverse of `rows`: -> [B T H, W], zeros where no piece has anything."""
         return _Take.apply(rows, self.back, self.lost, self.there, self.padding)
 
 
@@ -128,8 +134,8 @@ def places(steps: Sequence[Sequence[tuple[int, int]]], tokens: int, H: int, devi
     n, full = H * sum(w for _, _, w in table), sum(length for _, length, _ in table)
     begin, length, width = torch.tensor(table, dtype=torch.int64).view(-1, 3).unbind(1)
     size = width * H
-    table = torch.stack([begin, length, width, size.cumsum(0) - size]).to(device)
-    begin, length, width, first = table.repeat_interleave(size.to(device), dim=1, output_size=n)
+    table = sent(torch.stack([begin, length, width, size.cumsum(0) - size, size]), device)
+    begin, length, width, first = table[:4].repeat_interleave(table[4], dim=1, output_size=n)
     inside = torch.arange(n, device=device) - first
     head, j = inside // width, inside % width
     there = (begin + torch.minimum(j, length - 1)) * H + head
@@ -144,6 +150,13 @@ def places(steps: Sequence[Sequence[tuple[int, int]]], tokens: int, H: int, devi
         None if full == tokens else (back < 0)[:, None],
         [(len(pieces), H, w) for pieces, w in zip(steps, widths, strict=True)],
     )
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """x, made on the host, on the device; a GPU is not waited for."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 class _Take(torch.autograd.Function):

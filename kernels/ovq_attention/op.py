@@ -6,12 +6,17 @@ from torch import Tensor
 
 from seqzoo.kernels.checks import KINDS, check_tensors
 from seqzoo.kernels.dispatch import choose
-from seqzoo.kernels.ovq_attention import cpp
+from seqzoo.kernels.ovq_attention import cpp, gpu
 from seqzoo.kernels.ovq_attention.chunked import ovq_attention_chunked
 from seqzoo.kernels.ovq_attention.reference import ovq_attention_reference
 from seqzoo.kernels.ovq_attention.rule import OVQRule, OVQState
 
-BACKENDS = {"reference": ovq_attention_reference, "torch": ovq_attention_chunked, "cpp": cpp.ovq_attention_cpp}
+BACKENDS = {
+    "reference": ovq_attention_reference,
+    "torch": ovq_attention_chunked,
+    "cpp": cpp.ovq_attention_cpp,
+    "triton": gpu.ovq_attention_triton,
+}
 
 
 def ovq_attention(
@@ -46,10 +51,13 @@ def ovq_attention(
     _check(q, k, v, scale, rule, state, starts, valid)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, scale, *(state or ())))
     traced = torch.compiler.is_compiling()  # torch.compile, which needs a compiler itself
-    able = lambda _: cpp.takes(v, rule, learns, state) and (traced or cpp.usable())
-    run = BACKENDS[
-        choose(BACKENDS, tokens=2, device=q.device, able=able)
-    ]  # one token too: the definition loops over heads
+    here = dict(
+        cpp=lambda: cpp.takes(v, rule, learns, state) and (traced or cpp.usable()), triton=lambda: gpu.runs(q, v)
+    )
+    name = choose(  # one token too: the definition loops over heads
+        BACKENDS, tokens=2, device=q.device, able=lambda name: here[name]()
+    )
+    run = BACKENDS[name]
     if traced and (state, starts, valid) != (None, None, None):  # what is done depends on them: a break in the graph
         run = torch.compiler.disable(run)
     with torch.autocast(v.device.type, enabled=False):  # a rounded key may end up in another slot
