@@ -313,6 +313,32 @@ def test_what_it_cannot_run_is_refused(message):
         dict(refused())[message]()
 
 
+PUBLIC = {
+    "norm": (lambda x, weight, eps, offset: rms_norm(x, weight, eps, offset=offset), lambda: norm(5, 6)),
+    "gated": (gated_rms_norm, lambda: gated(5, 6)),
+    "conv": (short_conv, lambda: conv(2, 3, 5, 4, documents=True)),
+    "inputs": (lambda *x: delta_inputs(*x[:4], num_key_heads=x[4], key_width=x[5]), lambda: inputs(1, 2, 2, 2, 3, 5)),
+    "spike": (lambda x: spike(x, through_threshold=True), lambda: (SPIKE, [torch.randn(3, 9)], ())),
+}
+
+
+@pytest.mark.parametrize("case", PUBLIC)
+def test_public_under_autocast_and_checkpoint(case):
+    """The op keeps its dtypes under autocast, and runs again under checkpointing to the same gradients."""
+    op, make = PUBLIC[case]
+    _, tensors, rest = make()
+
+    def cast(*args):
+        with torch.autocast(tensors[0].device.type, dtype=HALF):
+            return op(*args)
+
+    again = lambda *args: torch.utils.checkpoint.checkpoint(op, *args, use_reentrant=False)
+    with use_backend("triton"):
+        plain = values_and_grads(op, tensors, rest)
+        for other in (again, cast):
+            same(values_and_grads(other, tensors, rest), plain)
+
+
 TRACED = """
 import torch
 from seqzoo.kernels.delta_inputs import delta_inputs

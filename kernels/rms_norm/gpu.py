@@ -79,7 +79,7 @@ def backward(
         return dx, dgate, torch.zeros_like(weight)
     (x, x_steps), (gate, gate_steps), config = _steps(x), _steps(gate), _config("backward", x, weight)
     blocks = -(-n // config["BR"])
-    share = -(-blocks // max(128, min(1024, (1 << 21) // W)))  # of blocks; all dweights are at most 8 MiB, or 128 rows
+    share = -(-blocks // min(1024, (1 << 20) // W))  # of blocks; dweights are at most 4 MiB, and 128 rows
     programs = -(-blocks // share)
     dweights = x.new_empty((programs, W), dtype=torch.float32)
     given = x, gate, weight.contiguous(), dy.contiguous(), dx, None if gate is None else dgate, dweights
@@ -118,8 +118,9 @@ def _remember(ctx, inputs, output):
 
 
 def _backward(ctx, dy):
-    dx, dgate, dweight = _gradients(*ctx.saved_tensors, dy, *ctx.numbers)
-    return dx, None if ctx.saved_tensors[1] is None else dgate, dweight, None, None
+    x, gate, weight = ctx.saved_tensors  # once: under checkpointing what is saved can be had once
+    dx, dgate, dweight = _gradients(x, gate, weight, dy, *ctx.numbers)
+    return dx, None if gate is None else dgate, dweight, None, None
 
 
 _differentiable.register_autograd(_backward, setup_context=_remember)

@@ -120,8 +120,9 @@ def _remember(ctx, inputs, output):
 
 
 def _backward(ctx, dy, dnext):
-    dx, dweight, dpast = _gradients(*ctx.saved_tensors, dy, dnext)
-    return dx, dweight, None if ctx.saved_tensors[2] is None else dpast, None
+    x, weight, past, starts = ctx.saved_tensors  # once: under checkpointing what is saved can be had once
+    dx, dweight, dpast = _gradients(x, weight, past, starts, dy, dnext)
+    return dx, dweight, None if past is None else dpast, None
 
 
 _differentiable.register_autograd(_backward, setup_context=_remember)

@@ -76,7 +76,8 @@ def _remember(ctx, inputs, output):
 
 
 def _backward(ctx, dy):
-    return _gradient(*ctx.saved_tensors, dy, ctx.k) if ctx.saved_tensors else dy, None, None
+    saved = ctx.saved_tensors  # once: under checkpointing what is saved can be had once
+    return _gradient(*saved, dy, ctx.k) if saved else dy, None, None
 
 
 _differentiable.register_autograd(_backward, setup_context=_remember)
