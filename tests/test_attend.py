@@ -1,10 +1,9 @@
 """What softmax mixers share: biases where they are asked for, and torch.compile, each call as one graph."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+import traced
 from cases import MIXERS
 
 from seqzoo.layers.registry import build
@@ -43,8 +42,7 @@ with torch.no_grad():
 def test_compiles(name):
     """In a process without the type checks of tests, which cannot be traced."""
     spec = json.dumps({"kind": name, **MIXERS[name]})
-    done = subprocess.run([sys.executable, "-c", TRACED, spec], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    traced.passes(TRACED, spec)
 
 
 @pytest.mark.parametrize("kind", ["attention", "momentum_attention"])

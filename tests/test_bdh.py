@@ -2,12 +2,11 @@
 
 import gc
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+import traced
 from cases import BLOCKS
 from torch.testing import assert_close
 
@@ -413,5 +412,4 @@ for backend, residual in (("torch", "model"), ("torch", "neuron"), ("cpp", "mode
 def test_is_one_graph_of_torch_compile():
     """Levels, their gradients and the state; in a process without the type checks of tests."""
     backends = str(3 if native.available() else 2)
-    done = subprocess.run([sys.executable, "-c", TRACED, backends], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    traced.passes(TRACED, backends)
