@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from seqzoo.kernels.causal_attention import causal_attention
 from seqzoo.layers.linear import Linear
-from seqzoo.layers.norm import RMSNorm
+from seqzoo.layers.norm import RMSNorm, check_eps
 from seqzoo.layers.rope import rotate, turns
 from seqzoo.layers.span import Span
 from seqzoo.layers.state import append
@@ -88,6 +88,7 @@ class SoftmaxHeads(nn.Module):
             raise ValueError(f"{self.kind}: window={window} is not a number of tokens, 1 or more")
         if not 0 < rope_theta < float("inf"):
             raise ValueError(f"{self.kind}: rope_theta={rope_theta} is not above 0 and finite")
+        check_eps(norm_eps)
         self.H, self.G, self.K, self.window = num_heads, num_kv_heads, head_width, window
         self.theta, self.rotary_width = rope_theta, rotary_width
         self.q_proj = Linear(hidden_size, num_heads * head_width, bias=bias)

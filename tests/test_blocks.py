@@ -71,3 +71,5 @@ def test_bad_parts_are_named():
         complete("blocks", dict(kind="residual", mixer=dict(kind="none"), channel=PARTS["channel"]))
     with pytest.raises(ValueError, match="residual: norm: expected one of .* got 'x'"):
         build("blocks", dict(kind="residual", norm="x", **PARTS), 16)
+    with pytest.raises(ValueError, match="residual: norm_eps: expected a number, got '0'"):
+        build("blocks", dict(kind="residual", norm_eps="0", **PARTS), 16)

@@ -50,6 +50,13 @@ def test_config_json_is_complete(name):
 
 
 @every
+def test_wrong_types_are_named(name):
+    for argument in list(signature(type(channel(name))).parameters)[1:]:
+        with pytest.raises(ValueError, match=f"{argument}: expected .*, got <object"):
+            channel(name, **{argument: object()})
+
+
+@every
 def test_token_wise(name):
     """Permuting tokens permutes outputs and leaves the sums alone; so does calling on one token at a time."""
     part, x = channel(name), tokens()
@@ -221,6 +228,11 @@ def test_bias_is_in_the_checkpoint_only_where_it_moves():
 def test_errors_name_the_argument(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected .* got {next(iter(wrong.values()))!r}"):
         channel("moe", **wrong)
+
+
+def test_a_width_below_1_is_named():
+    with pytest.raises(ValueError, match="swiglu: width: expected a whole number, at least 1, got 0"):
+        channel("swiglu", width=0)
 
 
 @pytest.mark.parametrize(

@@ -133,9 +133,12 @@ def test_sums_beyond_fp16_are_normed():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(num_heads=4.0), "num_heads: expected a whole number, 1 or more, got 4.0"),
-        (dict(key_width="6"), "key_width: expected a whole number, 1 or more, got 6"),
-        (dict(value_width=None), "value_width: expected a whole number, 1 or more, got None"),
+        (dict(num_heads=4.0), "num_heads: expected a whole number, got 4.0"),
+        (dict(key_width="6"), "key_width: expected a whole number, got '6'"),
+        (dict(value_width=None), "value_width: expected a whole number, got None"),
+        (dict(normalise="yes"), "normalise: expected true or false, got 'yes'"),
+        (dict(decay_scale="16"), "decay_scale: expected a number, got '16'"),
+        (dict(rotary_width=2.0), "rotary_width: expected a whole number, got 2.0"),
         (dict(rope_theta=-1.0), "rope_theta: expected more than 0, got -1.0"),
         (dict(decay="lightning", decay_depth=1.5), "decay_depth: expected 0 to 1, got 1.5"),
     ],

@@ -285,6 +285,6 @@ def test_from_a_yaml_and_drawn_as_embeddings():
             compose("train", ["model=transformer", "+model.num_sink_tokens=64", "+model.initializer_range=0.5"])
         )
     assert 0.48 < SeqZooForCausalLM(config).sink_tokens.std() < 0.52
-    for wrong in (-1, 2.5, None):
-        with pytest.raises(ValueError, match=f"num_sink_tokens: expected 0 or more, got {wrong}"):
+    for wrong, expected in ((-1, "0 or more"), (2.5, "a whole number"), (None, "a whole number")):
+        with pytest.raises(ValueError, match=f"num_sink_tokens: expected {expected}, got {wrong}"):
             SeqZooConfig(num_sink_tokens=wrong)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from seqzoo.kernels.linear_attention import linear_attention
 from seqzoo.layers.conv import CausalConv
 from seqzoo.layers.linear import Linear
-from seqzoo.layers.norm import GatedRMSNorm, RMSNorm
+from seqzoo.layers.norm import GatedRMSNorm, RMSNorm, check_eps
 from seqzoo.layers.precision import wide
 from seqzoo.layers.rope import rotate, turns
 from seqzoo.layers.span import Span
@@ -112,6 +112,7 @@ class LinearAttention(nn.Module):
         even = rotary_width % 2 == 0 and 0 <= rotary_width <= key_width
         _expect(even, "rotary_width", f"an even number from 0 to key_width={key_width}", rotary_width)
         _expect(isinstance(conv_width, int) and conv_width >= 0, "conv_width", "0 (none) or more", conv_width)
+        check_eps(norm_eps)
         positive = feature != "identity" and not rotary_width
         asked = f"feature={feature}, rotary_width={rotary_width}"
         _expect(not normalise or positive, "normalise", "False, or features that are >= 0 and not turned", asked)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from seqzoo.layers.attend import Kept, SoftmaxHeads, seen_by
+from seqzoo.layers.schema import check_types
 from seqzoo.layers.span import Span
 
 SHEARS = {"qk": (True, True), "q_only": (True, False), "k_only": (False, True)}  # queries, keys
@@ -81,6 +82,7 @@ class MomentumAttention(SoftmaxHeads):
         out_bias: bool | None = None,
         norm_eps: float = 1e-6,
     ) -> None:
+        check_types(self.kind, MomentumAttention, locals())
         super().__init__(
             hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_width=head_width, window=window,
             rope_theta=rope_theta, rotary_width=rotary_width, qk_norm=qk_norm, output_gate=output_gate, bias=bias,
