@@ -18,7 +18,16 @@ MOST = 16  # tokens of a step; of more, the op itself is faster
 WIDEST = 1024  # rows of a state that a program keeps whole
 
 
-def check_pool(op: str, inputs: Mapping[str, Tensor], pool: Tensor, state: Sequence[int], index: Tensor | None) -> None:
+def check_pool(
+    op: str,
+    inputs: Mapping[str, Tensor],
+    pool: Tensor,
+    state: Sequence[int],
+    index: Tensor | None,
+    *,
+    name: str = "pool",
+    dtype: torch.dtype | None = torch.float32,
+) -> None:
     """What every step checks beside the op's own inputs.
 
     Args:
@@ -26,6 +35,7 @@ def check_pool(op: str, inputs: Mapping[str, Tensor], pool: Tensor, state: Seque
         inputs: the op's, by name, already checked; the first is [B, T, ...].
         pool, index: the step's own.
         state: shape of one state.
+        name, dtype: of the pool; None is any floating dtype.
 
     Raises:
         ValueError: the first that does not fit.
@@ -35,23 +45,22 @@ def check_pool(op: str, inputs: Mapping[str, Tensor], pool: Tensor, state: Seque
     if T > MOST:
         raise ValueError(f"{op}: {like}: expected at most {MOST} tokens, got {T}")
     if pool.ndim != 1 + len(state) or not pool.shape[0]:
-        raise ValueError(f"{op}: pool: expected [slots, {', '.join(map(str, state))}], got {tuple(pool.shape)}")
+        raise ValueError(f"{op}: {name}: expected [slots, {', '.join(map(str, state))}], got {tuple(pool.shape)}")
     kind = index.dtype if index is not None and index.dtype in (torch.int32, torch.int64) else torch.int64
     tensors = {
         like: (inputs[like], inputs[like].shape),
-        "pool": (pool, (pool.shape[0], *state)),
+        name: (pool, (pool.shape[0], *state)),
         "index": (index, (B,)),
     }
-    check_tensors(op, tensors, like=like, kinds=KINDS | {"pool": torch.float32, "index": kind})
+    check_tensors(op, tensors, like=like, kinds=KINDS | {name: dtype, "index": kind})
     if index is None and pool.shape[0] < B:
-        raise ValueError(f"{op}: pool: expected a slot for each of {B} rows, got {pool.shape[0]}")
-    dense = [math.prod(state[n + 1 :]) for n in range(len(state))]
-    if list(pool.stride()[1:]) != dense or pool.stride(0) < math.prod(state):
-        raise ValueError(f"{op}: pool: expected slots that are contiguous, got strides {pool.stride()}")
+        raise ValueError(f"{op}: {name}: expected a slot for each of {B} rows, got {pool.shape[0]}")
+    if not pool[0].is_contiguous() or (pool.shape[0] > 1 and pool.stride(0) < math.prod(state)):
+        raise ValueError(f"{op}: {name}: expected slots that are contiguous, got strides {pool.stride()}")
     if torch.is_grad_enabled():
-        for name, x in {**inputs, "pool": pool}.items():
+        for argument, x in {**inputs, name: pool}.items():
             if x.requires_grad:
-                raise ValueError(f"{op}: {name}: expected no gradient to be recorded: a step overwrites its states")
+                raise ValueError(f"{op}: {argument}: expected no gradient to be recorded: a step overwrites its states")
 
 
 def step_on_gpu(backends: Container[str], x: Tensor, width: int) -> bool:
@@ -69,32 +78,44 @@ def step_on_gpu(backends: Container[str], x: Tensor, width: int) -> bool:
     return choose({"triton", *backends}, tokens=x.shape[1], device=x.device, able=able) == "triton"
 
 
-def gathered(run: Callable[[Tensor], tuple[Tensor, Tensor]], batch: int, pool: Tensor, index: Tensor | None) -> Tensor:
+def gathered(
+    run: Callable[..., tuple[Tensor, ...]], batch: int, pool: Tensor, index: Tensor | None, *others: Tensor
+) -> Tensor:
     """A step by whatever computes one from gathered states.
 
     Args:
-        run: states [B, ...] -> what is read [B, T, ...] and the next states; it may write over those it gets.
+        run: states [B, ...] of each pool -> what is read [B, T, ...] and the next states; it may write over those it
+            gets.
         batch: B.
         pool, index: the step's own.
+        others: more pools.
 
     Returns:
         What is read, zeros where the index is negative.
     """
+    pools = pool, *others
     with torch.no_grad():
         if index is None:
-            states = pool[:batch]
-            o, last = run(states)
-            if last is not states:
-                states.copy_(last)
+            states = [pool[:batch] for pool in pools]
+            o, *last = run(*states)
+            for here, after in zip(states, last, strict=True):
+                if after is not here:
+                    here.copy_(after)
             return o
         slots = index.clamp(min=0).long()
-        o, last = run(pool[slots])
+        o, *last = run(*(pool[slots] for pool in pools))
         live = index >= 0
         # An inactive row does again what the first active one does, and where there is none, writes what is there.
         row = torch.where(live, torch.arange(batch, device=index.device), live.int().argmax())
-        slots, some = slots[row], live[row].view(batch, *(1,) * len(pool.shape[1:]))
-        pool.index_copy_(0, slots, torch.where(some, last[row].to(pool.dtype), pool[slots]))
-        return torch.where(live.view(batch, *(1,) * len(o.shape[1:])), o, 0)
+        slots, some = slots[row], live[row]
+        for pool, after in zip(pools, last, strict=True):
+            pool.index_copy_(0, slots, torch.where(_along(some, pool), after[row].to(pool.dtype), pool[slots]))
+        return torch.where(_along(live, o), o, 0)
+
+
+def _along(x: Tensor, like: Tensor) -> Tensor:
+    """x [B] as [B, 1, ...] with the dimensions of another."""
+    return x.view(-1, *(1,) * len(like.shape[1:]))
 
 
 def rows(x: Tensor) -> Tensor:

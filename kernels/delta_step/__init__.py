@@ -1,0 +1,1 @@
+from seqzoo.kernels.delta_step.op import delta_step_, delta_step_is_one
