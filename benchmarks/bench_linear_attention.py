@@ -6,6 +6,12 @@ SpikingBrain-7B's linear layer in small: relu features, a decay per key channel,
 forward and backward. `repeated` is what the released code does (arXiv 2509.05276), in the same C++; `repeated, torch`
 is a port of it that has torch only (projections and norm are ours all the same). Outputs and gradients are compared
 first. On a machine that is never quiet give `--cpu-seconds --threads 1`.
+
+What can be had: repeating makes keys, values, decays and memories seven times as many, but every query head reads its
+memory, and passes a gradient to it, in either form. Of the multiplications of both ways in this C++, at width 32, about
+6,300 are a query's and 5,700 a key's, so 7 (6.3 + 5.7) / (7 x 6.3 + 5.7) = 1.7 times fewer when grouped (1.85 at 128).
+Beyond that the gain is that products of seven rows run better than those of one, which depends on the processor. And of
+a layer's time most is projections, norm and gates, the same in both: see the results, layer less op.
 """
 
 import argparse
