@@ -8,14 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from seqzoo.kernels.gpu import launch
-
-
-def blocks(K: int, V: int) -> dict[str, int]:
-    """How a memory [K, V] is cut: all K of some columns at a time, about 64 numbers a thread."""
-    BK, BO = (1 << (n - 1).bit_length() for n in (K, V))
-    BV = min(BO, max(16, 8192 // BK))
-    return dict(BK=BK, BV=BV, BO=BO, num_warps=min(8, max(1, BK * BV // 2048)), num_stages=1)
+from seqzoo.kernels.gpu import launch, tuned
 
 
 def delta_step_triton(
@@ -41,6 +34,9 @@ def delta_step_triton(
     filters, a_log, dt_bias, weight = (x.contiguous() for x in (filters, a_log, dt_bias, weight))
     starts = None if starts is None else starts.contiguous()
     y = qkv.new_empty(B, T, HV, V)
+    BK, BO, BW = (1 << (n - 1).bit_length() for n in (K, V, W))
+    cut = tuned("delta_step", "step", qkv.device, qkv.dtype, K=K)
+    cut = cut | dict(BV=min(cut["BV"], BO))
     read = y if y.dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)  # before the norm
     launch(
         delta_steps,
@@ -48,7 +44,7 @@ def delta_step_triton(
         *(qkv, ba, gate, filters, a_log, dt_bias, weight, conv_pool, pool, index, starts, read, y),
         *(T, pool.shape[0], conv_pool.stride(0), pool.stride(0)),
         *(*qkv.stride()[:2], *ba.stride()[:2], *gate.stride()[:2], eps),
-        **dict(H=H, HV=HV, K=K, V=V, W=W, BW=1 << (W - 1).bit_length(), **blocks(K, V)),
+        **dict(H=H, HV=HV, K=K, V=V, W=W, BW=BW, BK=BK, BO=BO, **cut),
     )
     return y
 
