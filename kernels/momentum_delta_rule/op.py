@@ -6,12 +6,15 @@ from torch import Tensor
 
 from seqzoo.kernels.checks import check_tensors
 from seqzoo.kernels.dispatch import choose
+from seqzoo.kernels.gpu import takes
+from seqzoo.kernels.momentum_delta_rule import gpu
 from seqzoo.kernels.momentum_delta_rule.chunked import momentum_delta_rule_chunked
 from seqzoo.kernels.momentum_delta_rule.reference import momentum_delta_rule_reference
 
 BACKENDS = {
     "reference": momentum_delta_rule_reference,
     "torch": momentum_delta_rule_chunked,
+    "triton": gpu.momentum_delta_rule_triton,
 }
 
 
@@ -53,7 +56,8 @@ def momentum_delta_rule(
         ValueError: shapes, dtypes or devices that do not fit, no token, or a forced backend that cannot run this.
     """
     _check(q, v, p, k=k, log_alpha=log_alpha, log_mu=log_mu, beta=beta, eta=eta, state=state, starts=starts)
-    name = choose(BACKENDS, tokens=v.shape[1], device=v.device)
+    able = lambda backend: takes(q) and q.dtype == k.dtype == v.dtype == p.dtype and q.shape[3] <= gpu.WIDEST
+    name = choose(BACKENDS, tokens=v.shape[1], device=v.device, able=able)
     with torch.autocast(v.device.type, enabled=False):  # the memory stays in fp32
         return BACKENDS[name](q, k, v, p, log_alpha, log_mu, beta, eta, state, starts)
 
