@@ -1,0 +1,353 @@
+"""The gated delta rule in Triton, on a GPU (or interpreted): forward and backward by hand.
+
+What moves, in bytes per token and value head, where K = V = 128 in bfloat16 and key heads are as many:
+
+    forward   prepare     q k in, A P out, every chunk for itself                                512 +  256
+              forward     q k v A P in, o out; the memory stays in registers                    1024 +  256
+    backward  prepare     q k in, P out; of the forward A is kept, 128 bytes, nothing else       512 +  128
+              both ways   k v A in, the memory before each chunk and Z out, with time            640 +  768
+                          q k d_o A P in, its gradient after each and E out, against time       1024 +  768
+              gradients   all these in, d_q d_k d_v out, every chunk for itself                 2560 +  768
+
+The memory before each chunk is as large as q and k together (2 K V / C bytes a token), so backward writes it and its
+gradient once each, and forward never. With grouped value heads q and k come once for all heads of a group in what goes
+chunk by chunk, and their gradients are summed in registers. What is read again by the other slice of V comes from the
+cache. The serial kernels are bound by the time of a chunk, about three products that wait for each other; what they
+can be given early (A, P, e, f) others compute. They run HV * V / BV programs a sequence, backward twice that. Where
+that fills less than a quarter of the chip they also split the sequence: each part first runs from an empty memory and
+from the identity (`_ends`), `_chain` puts the parts' true beginnings together, and all parts run at once. This takes
+2.2 times the products, so it is done only where it gains, and never by the size of the batch: a sequence has the same
+bits alone and in a batch. A document that starts where a chunk does has the same bits packed, if nothing is split.
+
+bfloat16 is multiplied as such, with sums, decays, the memory, its chaining and the inverse's doubling in fp32 (tf32
+products); the memory, A, P, Z and E are rounded to bfloat16 as operands. float32 and float16 are multiplied as tf32.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from seqzoo.kernels.gpu import arch, interpreted, launch, needs_gpu, products, takes, tuned
+
+OP = "gated_delta_rule"
+WIDEST = 256  # K and V
+MULTIPROCESSORS = dict(sm_80=108, sm_86=84, sm_90=132, sm_100=148, gfx942=304)
+TOKENS = 32768  # that a device is taken to have at once: shorter sequences come in batches, and fill it by themselves
+SHORTEST = 16  # chunks a part has at least
+_parts: int | None = None  # in place of what `_split` would say
+
+
+def able(q: Tensor, v: Tensor) -> bool:
+    """Whether it is to be chosen for these, where nothing is forced."""
+    return takes(v) and max(q.shape[3], v.shape[3]) <= WIDEST
+
+
+def gated_delta_rule_triton(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Same as `gated_delta_rule_reference`.
+
+    Raises:
+        ValueError: float64, tensors that are not on a GPU, or K or V above 256.
+    """
+    needs_gpu(v)
+    if max(q.shape[3], v.shape[3]) > WIDEST:
+        raise ValueError(f"backend triton: expected K and V of at most {WIDEST}, got {q.shape[3]} and {v.shape[3]}")
+    dtype = v.dtype
+    kind = dtype if q.dtype == k.dtype == dtype else torch.float32
+    inputs = [x.to(kind) for x in (q, k, v)]
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, beta, state))
+    o, last, *_ = _op(*inputs, g.float(), beta.float(), None if state is None else state.float(), starts, learns)
+    return o.to(dtype), last
+
+
+class _Call(NamedTuple):
+    """Sizes of a call, and how its kernels are started."""
+
+    B: int
+    T: int
+    H: int
+    HV: int
+    K: int
+    V: int
+    C: int
+    parts: int
+    rows: tuple[int, int, int]  # from a token to the next in q, k and v
+    like: Tensor
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.T // self.C)
+
+    @property
+    def length(self) -> int:
+        """Chunks of a part; the last may have fewer."""
+        return -(-self.chunks // self.parts)
+
+    def empty(self, *shape: int, small: bool = True) -> Tensor:
+        """For what kernels hand each other: as operands where `small`, else in fp32."""
+        half = small and self.like.dtype == torch.bfloat16 and not interpreted()
+        return self.like.new_empty(shape, dtype=torch.bfloat16 if half else torch.float32)
+
+    def per_token(self, *width: int, small: bool = True) -> Tensor:
+        """By memory and token, in whole chunks."""
+        return self.empty(self.B, self.HV, self.chunks * self.C, *width, small=small)
+
+    def config(self, kernel: str) -> dict[str, Any]:
+        """From the table."""
+        return tuned(OP, kernel, self.like.device, self.like.dtype, K=self.K, V=self.V)
+
+    def slices(self, config: dict[str, Any], width: int | None = None) -> int:
+        """Into which V, or `width`, is cut."""
+        return -(-(width or self.V) // config["BV"])
+
+    def start(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        """A kernel over the tokens."""
+        sizes = dict(H=self.H, HV=self.HV, K=self.K, V=self.V, C=self.C, BK=_padded(self.K))
+        sizes |= dict(zip(("Q_ROW", "K_ROW", "V_ROW"), self.rows, strict=True)) | products(self.like)
+        sizes["LEVELS"] = self.C.bit_length() - 1
+        wanted = {name: sizes[name] for name in kernel.arg_names if name in sizes}
+        launch(kernel, (programs,), *arguments, **wanted | constants)
+
+
+def _padded(width: int) -> int:
+    """The power of two that a product takes."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor) -> _Call:
+    (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
+    C = tuned(OP, "chunk", v.device, v.dtype, K=K, V=V)["C"]
+    rows = tuple(x.stride(1) if x.shape[1] > 1 else x.stride(0) for x in (q, k, v))
+    return _Call(B, T, H, HV, K, V, C, _split(T, HV, V, C, arch(v.device)), rows, v)
+
+
+def _split(T: int, HV: int, V: int, C: int, arch: str) -> int:
+    """Into how many parts the serial kernels cut a sequence: 1, or 4 and more."""
+    chunks = -(-T // C)
+    wanted = _parts
+    if wanted is None:
+        programs = max(1, TOKENS // T) * HV * -(-V // 64)
+        wanted = min(MULTIPROCESSORS[arch] // programs, chunks // SHORTEST)
+        wanted = wanted if wanted >= 4 else 1
+    length = -(-chunks // min(wanted, chunks))
+    return -(-chunks // length)  # no part is empty
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A token's heads adjacent, tokens at one distance through the batch; a view into a wider tensor may stay one."""
+    B, T, H, W = x.shape
+    fits = x.stride(3) == 1 and (H == 1 or x.stride(2) == W) and (B == 1 or T == 1 or x.stride(0) == T * x.stride(1))
+    return x if fits else x.contiguous()
+
+
+def _prepare(
+    call: _Call, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, starts: Tensor | None, A: Tensor | None
+) -> tuple[Tensor, ...]:
+    """P, e, f and beta by memory and token; A, where it is given, is filled."""
+    from seqzoo.kernels.gated_delta_rule import gpu_prepare
+
+    P, gates = call.per_token(call.C), [call.per_token(small=False) for _ in range(3)]
+    call.start(
+        gpu_prepare._prepare,
+        call.B * call.H * call.chunks,
+        *(q, k, g, beta, starts, A, P, *gates, call.T, call.chunks),
+        INVERSE=A is not None,
+        WIDE=products(g)["PRECISION"],
+        **call.config("prepare"),
+    )
+    return P, *gates
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, starts: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, the last memory, and for backward A; where the sequence is split also what `_ends` and `_chain` made of it."""
+    from seqzoo.kernels.gated_delta_rule import gpu_forward
+
+    q, k, v, g, beta = _rows(q), _rows(k), _rows(v), g.contiguous(), beta.contiguous()
+    state, starts = (None if x is None else x.contiguous() for x in (state, starts))
+    call = _call(q, k, v)
+    memories, n = (call.B, call.HV), call.B * call.HV
+    sizes = call.T, call.chunks, call.length, call.parts
+    A = call.per_token(call.C)
+    P, *gates = _prepare(call, q, k, g, beta, starts, A)
+    config = call.config("forward")
+    ends, firsts, strides = call.empty(0), call.empty(0), dict(S_K=call.V, S_V=1)
+    if call.parts > 1:
+        chain = call.config("chain")
+        ends = call.empty(*memories, call.parts - 1, call.V + call.K, call.K, small=False)
+        firsts = call.empty(*memories, call.parts, call.V, call.K, small=False)
+        slices = call.slices(config) + call.slices(config, call.K)
+        call.start(gpu_forward._ends, n * (call.parts - 1) * slices, k, v, A, *gates, state, ends, *sizes, **config)
+        call.start(
+            gpu_forward._chain,
+            n * call.slices(chain),
+            *(ends, state, firsts, call.parts),
+            **chain | dict(PRECISION=products(g)["PRECISION"]),
+        )
+        state, strides = firsts, dict(S_K=1, S_V=call.K)
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    last = call.empty(*memories, call.K, call.V, small=False)
+    call.start(
+        gpu_forward._forward,
+        n * call.parts * call.slices(config),
+        *(q, k, v, A, P, *gates, state, o, last, *sizes),
+        **strides | config,
+    )
+    return o, last, A, ends, firsts
+
+
+def backward(
+    d_o: Tensor,
+    d_last: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor | None,
+    starts: Tensor | None,
+    A: Tensor,
+    ends: Tensor,
+    firsts: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, g, beta and the first memory, from what `forward` was given and kept."""
+    from seqzoo.kernels.gated_delta_rule import gpu_gradients, gpu_reverse
+
+    q, k, v, g, beta, d_o, d_last = _rows(q), _rows(k), _rows(v), *(x.contiguous() for x in (g, beta, d_o, d_last))
+    state, starts = (None if x is None else x.contiguous() for x in (state, starts))
+    call = _call(q, k, v)
+    memories, n = (call.B, call.HV), call.B * call.HV
+    sizes = call.T, call.chunks, call.length, call.parts
+    P, *gates = _prepare(call, q, k, g, beta, starts, None)
+    config = call.config("both_ways")
+    first, after, strides = state, d_last, dict(S_K=call.V, S_V=1)
+    if call.parts > 1:
+        chain = call.config("chain")
+        d_ends = call.empty(*memories, call.parts - 1, call.V, call.K, small=False)
+        first, after, strides = firsts, torch.empty_like(firsts), dict(S_K=1, S_V=call.K)
+        call.start(
+            gpu_reverse._reverse_ends,
+            n * (call.parts - 1) * call.slices(config),
+            *(q, k, d_o, A, P, *gates, d_last, d_ends, *sizes),
+            **config,
+        )
+        call.start(
+            gpu_reverse._reverse_chain,
+            n * call.slices(chain),
+            *(ends, d_ends, d_last, after, call.parts),
+            **chain | dict(PRECISION=products(g)["PRECISION"]),
+        )
+    states, d_states = (call.empty(*memories, call.chunks, call.V, call.K) for _ in range(2))
+    Z, E = (call.per_token(call.V) for _ in range(2))
+    d_state = call.empty(*memories, call.K, call.V, small=False)
+    call.start(
+        gpu_reverse._both_ways,
+        2 * n * call.parts * call.slices(config),
+        *(q, k, v, d_o, A, P, *gates, first, after, states, Z, d_states, E, d_state, *sizes),
+        **strides | config,
+    )
+    d_q, d_k, d_v, d_g, d_beta = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta))
+    grouped = call.HV > call.H
+    by_head = [x.new_empty(*v.shape[:3], call.K) if grouped else x for x in (d_q, d_k)]
+    call.start(
+        gpu_gradients._gradients,
+        n * call.chunks,
+        *(q, k, v, g, beta, starts, d_o, states, Z, d_states, E, *by_head, d_v, d_g, d_beta, call.T, call.chunks),
+        **call.config("gradients"),
+    )
+    if grouped:
+        blocks = -(-d_q.numel() // 1024)
+        call.start(gpu_gradients._sum_groups, blocks, *by_head, d_q, d_k, d_q.numel(), BLOCK=1024, num_warps=4)
+    return d_q, d_k, d_v, d_g, d_beta, d_state
+
+
+@torch.library.custom_op("seqzoo::gated_delta_rule_triton", mutates_args=())
+def _op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor | None,
+    starts: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    o, last, *kept = forward(q, k, v, g, beta, state, starts)
+    return o, last, *(kept if keep else (last.new_empty(0) for _ in kept))
+
+
+@_op.register_fake
+def _(q, k, v, g, beta, state, starts, keep):
+    call = _call(q, k, v)
+    memories = call.B, call.HV
+    o, last = torch.empty(v.shape, dtype=v.dtype, device=v.device), call.empty(*memories, call.K, call.V, small=False)
+    if not keep:
+        return o, last, *(last.new_empty(0) for _ in range(3))
+    if call.parts == 1:
+        return o, last, call.per_token(call.C), call.empty(0), call.empty(0)
+    ends = call.empty(*memories, call.parts - 1, call.V + call.K, call.K, small=False)
+    firsts = call.empty(*memories, call.parts, call.V, call.K, small=False)
+    return o, last, call.per_token(call.C), ends, firsts
+
+
+@torch.library.custom_op("seqzoo::gated_delta_rule_triton_backward", mutates_args=())
+def _op_backward(
+    d_o: Tensor,
+    d_last: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor | None,
+    starts: Tensor | None,
+    A: Tensor,
+    ends: Tensor,
+    firsts: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return backward(d_o, d_last, q, k, v, g, beta, state, starts, A, ends, firsts)
+
+
+@_op_backward.register_fake
+def _(d_o, d_last, q, k, v, g, beta, state, starts, A, ends, firsts):
+    return (*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta, d_last)),)
+
+
+def _remember(ctx, inputs, output):
+    *inputs, _ = inputs
+    ctx.save_for_backward(*inputs, *output[2:])
+    ctx.mark_non_differentiable(*output[2:])
+
+
+def _backward(ctx, d_o, d_last, *_):
+    *grads, d_state = _op_backward(d_o, d_last, *ctx.saved_tensors)
+    return *grads, None if ctx.saved_tensors[5] is None else d_state, None, None
+
+
+_op.register_autograd(_backward, setup_context=_remember)
+
+
+def examples(make: Callable[[Sequence[int], torch.dtype], Tensor]) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Calls that start every kernel in every shape class."""
+
+    def call(T: int, H: int, HV: int, K: int, V: int, dtype: torch.dtype, state: bool, starts: bool, learns: bool):
+        q, k, v = make((1, T, H, K), dtype), make((1, T, H, K), dtype), make((1, T, HV, V), dtype)
+        g, beta = (make((1, T, HV), torch.float32) for _ in range(2))
+        first = make((1, HV, K, V), torch.float32) if state else None
+        marks = make((1, T), torch.bool) if starts else None
+
+        def run() -> object:
+            o, last, *kept = forward(q, k, v, g, beta, first, marks)
+            return backward(o, last, q, k, v, g, beta, first, marks, *kept) if learns else (o, last)
+
+        return run
+
+    for width in (64, 128, 256):
+        for dtype in (torch.bfloat16, torch.float32):
+            name = f"{width} wide, {str(dtype).removeprefix('torch.')}"
+            yield name, call(4096, 16, 32, width, width, dtype, False, False, True)
+    yield "split, packed, from a state", call(32768, 2, 8, 128, 128, torch.bfloat16, True, True, True)
