@@ -7,8 +7,8 @@ held-out rows are looked at: of BDH the share of neurons whose x, and whose x * 
 firing of every projection's input.
 """
 
-import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,11 @@ import torch
 from omegaconf import DictConfig
 
 from seqzoo.experiments.report import CONFIGS, Report, by_model, lines, mean, settings, spread
-from seqzoo.experiments.runs import compose_run
+from seqzoo.experiments.runs import trained
 from seqzoo.models import SeqZooForCausalLM
 from seqzoo.models.spiking import spike_report
-from seqzoo.train import plain, prepare
 from seqzoo.training.logbook import Logbook
-from seqzoo.training.progress import Progress
-from seqzoo.training.settings import Settings
-from seqzoo.training.stopping import StopRequest
+from seqzoo.training.trainer import Trainer
 
 Look = dict[str, dict[str, float]]  # layer -> what was measured -> its value
 
@@ -65,28 +62,25 @@ def run(cfg: DictConfig) -> Report:
 
 def cell(*, overrides: list[str], measured: str, seed: int, rows: int) -> dict:
     """One run: what was seen at each step, by layer, and the loss beside it."""
-    cfg = compose_run([*overrides, f"seed={seed}"])
-    with tempfile.TemporaryDirectory() as folder, StopRequest() as stop:
-        chosen = Settings(**plain(cfg.trainer))
-        trainer, _ = prepare(cfg, chosen, Path(folder))
-        held_out = next(iter(trainer.validation.batches(rows, rows * chosen.sequence_length)))
-        inputs = held_out.inputs(chosen.torch_device())
+    seen: list[list] = []
+
+    def logbook(trainer: Trainer, folder: Path) -> Watch:
+        length = trainer.settings.sequence_length
+        inputs = next(iter(trainer.validation.batches(rows, rows * length))).inputs(trainer.settings.torch_device())
         inputs.pop("shift_labels")
-        logbook = Watch(Path(folder), lambda: MEASURES[measured](trainer.model, inputs))
-        with Progress(chosen.steps, 0, chosen.log_every) as progress:
-            trainer.fit(logbook, stop, progress)
-        logbook.close()
-        if stop.received is not None:
-            raise KeyboardInterrupt
-        return dict(seen=logbook.seen, bits_per_byte=trainer.validate()["bits_per_byte"])
+        return Watch(folder, lambda: MEASURES[measured](trainer.model, inputs), seen)
+
+    trainer = trained([*overrides, f"seed={seed}"], logbook)
+    return dict(seen=seen, bits_per_byte=trainer.validate()["bits_per_byte"])
 
 
 class Watch(Logbook):
     """A run's logbook that looks at the model before the first step and whenever a training record is written."""
 
-    def __init__(self, folder: Path, look) -> None:
+    def __init__(self, folder: Path, look: Callable[[], Look], seen: list[list]) -> None:
         super().__init__(folder, 0, tensorboard=False, wandb=False, config={})
-        self.look, self.seen = look, [[0, look()]]
+        self.look, self.seen = look, seen
+        seen.append([0, look()])
 
     def write(self, split: str, step: int, **values: Any) -> None:
         super().write(split, step, **values)

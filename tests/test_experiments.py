@@ -10,12 +10,13 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from runs import one_thread
 
-from seqzoo.experiments import recall, tasks
+from seqzoo.experiments import attacks, recall, tasks
 from seqzoo.experiments.cells import run_cells
 from seqzoo.experiments.learn import answers
 from seqzoo.experiments.probe import Probe
 from seqzoo.experiments.report import CONFIGS, cells_of, settings
 from seqzoo.layers.registry import kinds
+from seqzoo.models import SeqZooConfig, SeqZooForCausalLM
 
 EXPERIMENTS = sorted(path.stem for path in Path(CONFIGS).glob("*.yaml"))
 ATTENTION = dict(kind="attention", num_heads=1, num_kv_heads=1, head_width=8)
@@ -195,3 +196,88 @@ def test_answers_are_of_what_is_asked():
     targets = torch.where(asked, targets, -1)
     assert answers(probe, (ids, targets)).all() and len(answers(probe, (ids, targets))) == asked.sum()
     assert not answers(probe, (ids, torch.where(asked, (targets + 1) % 32, -1))).any()
+
+
+# Attacks
+
+
+@pytest.fixture
+def victim():
+    """A small model, and windows with a mark at the beginning of each."""
+    parts = dict(mixers={"a": ATTENTION}, channels={"c": dict(kind="swiglu", width=24)})
+    model = SeqZooForCausalLM(SeqZooConfig(16, 264, 2, pattern=["a/c"], initializer_range=0.3, **parts))
+    ids = torch.randint(97, 123, (3, 13))
+    ids[:, 0] = 257
+    windows = attacks.Windows(ids[:, :-1], torch.arange(12).expand(3, -1), ids[:, 1:].clone())
+    windows.targets[0, 5] = -100
+    return model.eval().requires_grad_(False), windows
+
+
+def test_bits_are_of_what_is_to_be_predicted(victim):
+    model, windows = victim
+    logits = model(windows.ids).logits.log_softmax(-1)
+    nats = [-logits[0, t, windows.targets[0, t]] for t in range(12) if t != 5]
+    assert attacks.clean(model, windows)[0].item() == pytest.approx(sum(nats).item() / 11 / 0.693147, rel=1e-5)
+
+
+def test_climbing_is_worse_than_a_step_and_that_than_chance(victim):
+    model, windows = victim
+    size = 0.1
+    chance = attacks.noise(model, windows, size, draws=4, generator=generator())
+    step, climbed = (
+        attacks.fgsm(model, windows, size), attacks.pgd(model, windows, size, steps=10, generator=generator()),
+    )  # fmt: skip
+    assert (attacks.clean(model, windows) < step).all() and (chance < step).all() and (step < climbed).all()
+
+
+@pytest.mark.parametrize("attack", ["noise", "fgsm", "pgd"])
+def test_embeddings_change_by_what_is_allowed(victim, attack, monkeypatch):
+    model, windows = victim
+    options = dict(noise=dict(draws=2), fgsm={}, pgd=dict(steps=3))[attack]
+    options |= {} if attack == "fgsm" else dict(generator=generator())
+    clean, seen, bits = model.embed_tokens(windows.ids), [], attacks.bits
+    monkeypatch.setattr(attacks, "bits", lambda m, w, embeds: seen.append(embeds.detach()) or bits(m, w, embeds))
+    getattr(attacks, attack)(model, windows, 0.2, **options)
+    most = 0.2 * clean.square().mean().sqrt()
+    furthest = torch.stack([(embeds - clean).abs().max() for embeds in seen])
+    torch.testing.assert_close(furthest.max(), most)
+    assert (furthest <= most * 1.0001).all()
+
+
+@pytest.mark.parametrize("propose", [attacks.guided(5), attacks.blind(5, generator())], ids=["guided", "blind"])
+def test_swaps_are_of_so_many_bytes_and_no_marks(victim, propose):
+    model, windows = victim
+    seen = []
+    watched = lambda m, w, ids, free: seen.append(ids.clone()) or propose(m, w, ids, free)
+    found = attacks.swaps(model, windows, [2, 11], watched)
+    for count, ids in enumerate(seen):
+        assert ((ids != windows.ids).sum(1) == count).all() and (ids[:, 0] == 257).all()
+        assert set(ids[:, 1:].unique().tolist()) <= set(windows.alphabet().tolist())
+    assert found.keys() == {2, 11} and len(seen) == 11
+    with pytest.raises(ValueError, match="swaps: expected at most 11, the bytes of a window, got 12"):
+        attacks.swaps(model, windows, [12], propose)
+
+
+def test_what_is_proposed_is_worse_than_what_is_drawn(victim):
+    model, windows = victim
+    ways = attacks.guided(4), attacks.blind(4, generator()), attacks.blind(1, generator())
+    guided, drawn, chance = (attacks.swaps(model, windows, [4], way)[4].mean() for way in ways)
+    assert guided > drawn > chance
+
+
+def test_proposed_is_where_the_gradient_promises_most(victim):
+    """Against each swap's own slope: the change of the embedding times the gradient."""
+    model, windows = victim
+    free = windows.ids < attacks.BYTES
+    places, new = attacks.guided(3)(model, windows, windows.ids, free)
+    embeds = model.embed_tokens(windows.ids).requires_grad_()
+    slope = torch.autograd.grad(attacks.bits(model, windows, embeds).sum(), embeds)[0]
+    for row in range(3):
+        promise = {}
+        for place in range(1, 12):
+            rises = {b: (model.embed_tokens.weight[b] - embeds[row, place]) @ slope[row, place]
+                     for b in windows.alphabet().tolist() if b != windows.ids[row, place]}  # fmt: skip
+            best = max(rises, key=rises.get)
+            promise[place] = rises[best].item(), best
+        wanted = sorted(promise, key=lambda place: -promise[place][0])[:3]
+        assert places[row].tolist() == wanted and new[row].tolist() == [promise[place][1] for place in wanted]
