@@ -88,7 +88,7 @@ def backward(
         *((0, 0) if past is None else past.stride()[:2]),
         **config,
     )
-    return dx, dtaps.sum(0).mT.to(weight.dtype, memory_format=torch.contiguous_format), dpast
+    return dx, dtaps.sum(0).mT.contiguous().to(weight.dtype), dpast
 
 
 @torch.library.custom_op("seqzoo::short_conv_triton", mutates_args=())
