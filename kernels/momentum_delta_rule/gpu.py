@@ -16,7 +16,7 @@ from torch import Tensor
 from seqzoo.kernels.gpu import launch, needs_gpu, products, tuned
 
 OP = "momentum_delta_rule"
-WIDEST = 256  # K: a program holds columns of two memories, whole
+WIDEST = 128  # K: a program holds columns of two memories, whole
 
 
 def momentum_delta_rule_triton(
@@ -26,7 +26,7 @@ def momentum_delta_rule_triton(
     """Same as `momentum_delta_rule_reference`. q, k, v and p may be cut out of a wider tensor, and are not copied then.
 
     Raises:
-        ValueError: keys wider than 256, a dtype of more than 32 bits, tensors that are not on a GPU, or no triton.
+        ValueError: keys wider than 128, a dtype of more than 32 bits, tensors that are not on a GPU, or no triton.
     """
     needs_gpu(v)
     dtype = q.dtype
@@ -61,8 +61,11 @@ class _Call:
     """What all launches of a call share."""
 
     def __init__(self, kernel: str, q, k, v, p, log_alpha, log_mu, beta, eta, starts) -> None:
-        self.q, self.k, self.v, self.p, self.starts = q, k, v, p, starts
-        self.log_alpha, self.log_mu, self.beta, self.eta = log_alpha, log_mu, beta, eta
+        self.q, self.k, self.v, self.p, self.eta = q, k, v, p, eta
+        logs = log_alpha, log_mu
+        if starts is not None:  # -inf is a start, and nothing else is
+            logs = [x.clamp(min=-1e30).masked_fill(starts[:, :, None], -torch.inf) for x in logs]
+        self.gates = *logs, beta, eta
         (self.B, self.T, H, K), (HV, V) = q.shape, v.shape[2:]
         self.HV, self.K, self.V = HV, K, V
         self.C = tuned(OP, kernel, q.device, q.dtype, K=K)["C"]  # tokens of a chunk
@@ -94,26 +97,44 @@ class _Call:
 
         made = (*(self.of_chunks(self.C, self.C) for _ in range(2)), self.of_chunks(7, self.C, dtype=torch.float32))
         launch(
-            gpu_forward.prepare, (self.chunks, self.B * self.HV), self.q, self.k, self.p, self.log_alpha, self.log_mu,
-            self.beta, self.eta, self.starts, *made, self.T, **self.sizes, STEPS=self.C.bit_length() - 1,
-            **self.config("prepare", BK=self.K), **self.products, EXACT=self.exact,
+            gpu_forward.prepare, (self.chunks, self.B * self.HV), self.q, self.k, self.p, *self.gates, *made, self.T,
+            **self.sizes, STEPS=self.C.bit_length() - 1, **self.config("prepare", BK=self.K), **self.products,
+            EXACT=self.exact,
         )  # fmt: skip
         return made
 
-    def scan(self, made: Sequence[Tensor], state: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
-        """o and the last memories, or with `keep` the memories at chunks' starts and what was written."""
+    def read(self, made: Sequence[Tensor], state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """o and the last memories. Operands of 32 bits leave no registers to read with in the pass itself."""
         from seqzoo.kernels.momentum_delta_rule import gpu_forward
 
-        o, last = (None, None) if keep else (self.of_tokens(self.V, dtype=self.v.dtype), self.memories())
-        kept = self.of_chunks(2, self.K, self.V) if keep else None
-        written = self.of_tokens(self.V, dtype=self.narrow) if keep else None
-        config = self.config("keep" if keep else "scan", BV=self.V)
+        o, last = self.of_tokens(self.V, dtype=self.v.dtype), self.memories()
+        if self.narrow == torch.bfloat16:
+            self._scan("scan", made, state, o, last, None, None)
+            return o, last
+        kept, written = self.keep(made, state, last)
+        config = self.config("outputs", BK=self.K, BV=self.V)
+        launch(
+            gpu_forward.outputs, (self.chunks, self.B * self.HV, -(-self.V // config["BV"])), self.q, *made[1:], kept,
+            written, o, self.T, H=self.sizes["H"], HV=self.HV, K=self.K, V=self.V, SQ=self.sizes["SQ"], C=self.C,
+            **config, **self.products,
+        )  # fmt: skip
+        return o, last
+
+    def keep(self, made: Sequence[Tensor], state: Tensor | None, last: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The memories at each chunk's start, and what was written."""
+        kept, written = self.of_chunks(2, self.K, self.V), self.of_tokens(self.V, dtype=self.narrow)
+        self._scan("keep", made, state, None, last, kept, written)
+        return kept, written
+
+    def _scan(self, row: str, made: Sequence[Tensor], state: Tensor | None, *results: Tensor | None) -> None:
+        from seqzoo.kernels.momentum_delta_rule import gpu_forward
+
+        config = self.config(row, BV=self.V)
         launch(
             gpu_forward.scan, (-(-self.V // config["BV"]), self.B * self.HV), self.q, self.k, self.v, self.p, self.eta,
-            *made, state, o, last, kept, written, self.T, **self.sizes, V=self.V, SV=self.v.stride(1),
-            BK=_power(self.K), **config, **self.products,
+            *made, state, *results, self.T, **self.sizes, V=self.V, SV=self.v.stride(1), BK=_power(self.K), **config,
+            **self.products,
         )  # fmt: skip
-        return (kept, written) if keep else (o, last)
 
     def back(self, made: Sequence[Tensor], d_o: Tensor, d_last: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the memories before the first chunk and after each, and of errors over eta."""
@@ -134,16 +155,16 @@ class _Call:
         like = lambda x: self.of_tokens(self.K, dtype=x.dtype if x.shape[2] == self.HV else torch.float32)
         d_q, d_k, d_p, pairs = like(self.q), like(self.k), like(self.p), self.of_chunks(2, self.C, self.C)
         met, d_v = self.of_chunks(7, self.C, dtype=torch.float32), self.of_tokens(self.V, dtype=self.v.dtype)
-        grid, gates = (self.chunks, self.B * self.HV), (self.log_alpha, self.log_mu, self.beta, self.eta, self.starts)
+        grid = self.chunks, self.B * self.HV
         launch(
-            gpu_backward.gradients, grid, self.q, self.k, self.p, *gates, d_o, kept, d_kept, written, errors, d_q, d_k,
-            d_p, pairs, met, self.T, **self.sizes, V=self.V, **self.config("gradients", BK=self.K, BV=self.V),
-            **self.products, EXACT=self.exact,
+            gpu_backward.gradients, grid, self.q, self.k, self.p, *self.gates, d_o, kept, d_kept, written, errors,
+            d_q, d_k, d_p, pairs, met, self.T, **self.sizes, V=self.V, **self.products, EXACT=self.exact,
+            **self.config("gradients", BK=self.K, BV=self.V),
         )  # fmt: skip
         d_gates = [self.of_tokens() for _ in range(4)]
         launch(
-            gpu_backward.gates, grid, self.v, *gates, errors, pairs, met, d_v, *d_gates, self.T, HV=self.HV, V=self.V,
-            SV=self.v.stride(1), C=self.C, **self.config("gates", BV=self.V), EXACT=self.exact,
+            gpu_backward.gates, (*grid, 2), self.v, *self.gates, errors, pairs, met, d_v, *d_gates, self.T, HV=self.HV,
+            V=self.V, SV=self.v.stride(1), C=self.C, **self.config("gates", BV=self.V), EXACT=self.exact,
         )  # fmt: skip
         return [d_q, d_k, d_v, d_p, *d_gates]
 
@@ -157,7 +178,7 @@ def forward(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
     """The op's tensors in order -> o and the last memories."""
     *time, state, starts = tensors
     call = _Call("scan", *time, starts)
-    return call.scan(call.prepare(), state, keep=False)
+    return call.read(call.prepare(), state)
 
 
 def backward(d_o: Tensor, d_last: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -165,7 +186,7 @@ def backward(d_o: Tensor, d_last: Tensor | None, *tensors: Tensor | None) -> tup
     *time, state, starts = tensors
     call, d_o = _Call("back", *time, starts), d_o.contiguous()
     made = call.prepare()
-    kept, written = call.scan(made, state, keep=True)
+    kept, written = call.keep(made, state)
     d_first, d_kept, errors = call.back(made, d_o, None if d_last is None else d_last.contiguous())
     grads = call.gradients(d_o, kept, d_kept, written, errors)
     for n in (0, 1, 3):  # heads that several values share
@@ -225,8 +246,6 @@ def examples(make: Callable[[Sequence[int], torch.dtype], Tensor]) -> Iterator[t
         ("128", torch.bfloat16, 1, (16, 16), (128, 128), False),
         ("128, grouped, packed", torch.bfloat16, 2, (4, 16), (128, 128), True),
         ("128, fp32", torch.float32, 1, (16, 16), (128, 128), False),
-        ("256", torch.bfloat16, 1, (8, 8), (256, 256), False),
-        ("256, fp32", torch.float32, 1, (8, 8), (256, 256), False),
     ):
         T = 4096
         wide = [make((B, T, heads, width), dtype) for heads, width in ((H, K), (H, K), (HV, V), (H, K))]

@@ -78,7 +78,7 @@ def _spanned(x, shift: tl.constexpr, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def gradients(
-    q, k, p, log_alpha, log_mu, beta, eta, starts, d_o, kept, d_kept, written, errors, d_q, d_k, d_p, pairs, met, T,
+    q, k, p, log_alpha, log_mu, beta, eta, d_o, kept, d_kept, written, errors, d_q, d_k, d_p, pairs, met, T,
     H: tl.constexpr, HP: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SQ: tl.constexpr,
     SK: tl.constexpr, SP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
@@ -118,9 +118,7 @@ def gradients(
     pairs += chunk * 2 * C * C + c[:, None] * C + c[None, :]
     tl.store(pairs, (EZ * pk).to(pairs.dtype.element_ty))
     tl.store(pairs + C * C, (OZ * qk).to(pairs.dtype.element_ty))
-    A, U, before, alpha, beta_, a, u, before_N, goes_on = fading(
-        log_alpha, log_mu, beta, starts, b, h, n * C, T, HV, C, EXACT
-    )
+    A, U, before, alpha, beta_, a, u, before_N, goes_on = fading(log_alpha, log_mu, beta, b, h, n * C, T, HV, C, EXACT)
     eta_ = tl.load(eta + token * HV + h + c * HV, mask=inside, other=0.0) * goes_on
     after, after_N = alpha[:, None] * before + beta_[:, None] * U, alpha * before_N + beta_ * u
     to_S = tl.sum(tl.where(end[:, None], after, 0.0), 0)[:, None]
@@ -192,58 +190,54 @@ def gradients(
 
 @triton.jit(do_not_specialize=["T"])
 def gates(
-    v, log_alpha, log_mu, beta, eta, starts, errors, pairs, met, d_v, d_log_alpha, d_log_mu, d_beta, d_eta, T,
+    v, log_alpha, log_mu, beta, eta, errors, pairs, met, d_v, d_log_alpha, d_log_mu, d_beta, d_eta, T,
     HV: tl.constexpr, V: tl.constexpr, SV: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Of one chunk: d_v [B, T, HV, V], and d_log_alpha, d_log_mu, d_beta and d_eta [B, T, HV]."""
+    """Of one chunk: d_v [B, T, HV, V], and d_log_alpha, d_log_mu, d_beta and d_eta [B, T, HV].
+
+    Two programs do it: one for alpha, eta and v, the other for mu and beta.
+    """
     n, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h, chunk = bh // HV, bh % HV, bh * tl.cdiv(T, C) + n
     c = tl.arange(0, C)
     token, inside, end = b * T + n * C, n * C + c < T, c == C - 1
-    valid, rows, where = inside[:, None], c[:, None] * (HV * V), token * HV + h + c * HV
-    errors, d_v, v = errors + (token * HV + h) * V, d_v + (token * HV + h) * V, v + token * SV + h * V
-    eta_ = tl.load(eta + where, mask=inside, other=0.0)
-    d_eta_ = tl.zeros([C], tl.float32)
-    for y in range(0, V, BV):
-        vv = y + tl.arange(0, BV)
-        here = valid & (vv < V)[None, :]
-        E = tl.load(errors + rows + vv[None, :], mask=here, other=0.0).to(tl.float32)
-        d_eta_ += tl.sum(E * tl.load(v + c[:, None] * SV + vv[None, :], mask=here, other=0.0).to(tl.float32), 1)
-        tl.store(d_v + rows + vv[None, :], (eta_[:, None] * E).to(d_v.dtype.element_ty), mask=here)
+    where, i, j = token * HV + h + c * HV, c[:, None], c[None, :]
     met += chunk * 7 * C
-    ask_S, ask_N, read_S = tl.load(met + c), tl.load(met + C + c), tl.load(met + 2 * C + c)
-    read_N, write_S, write_N = tl.load(met + 3 * C + c), tl.load(met + 4 * C + c), tl.load(met + 5 * C + c)
-    keep_SS, keep_SN, keep_NN = tl.load(met + 6 * C), tl.load(met + 6 * C + 1), tl.load(met + 6 * C + 2)
-    pairs += chunk * 2 * C * C + c[:, None] * C + c[None, :]
+    pairs += chunk * 2 * C * C + i * C + j
+    ask_S, ask_N = tl.load(met + c), tl.load(met + C + c)
     asked, d_after = tl.load(pairs).to(tl.float32), tl.load(pairs + C * C).to(tl.float32)
-    d_after += tl.where(end[:, None], tl.expand_dims(write_S, 0), 0.0)
-    A, U, before, alpha, beta_, a, u, before_N, goes_on = fading(
-        log_alpha, log_mu, beta, starts, b, h, n * C, T, HV, C, EXACT
-    )
-    d_eta_ -= goes_on * (a * ask_S + before_N * ask_N + tl.sum(asked * before, 1))
-    tl.store(d_eta + where, d_eta_, mask=inside)
-    eta_ *= goes_on
+    A, U, before, alpha, beta_, a, u, before_N, goes_on = fading(log_alpha, log_mu, beta, b, h, n * C, T, HV, C, EXACT)
+    eta_ = tl.load(eta + where, mask=inside, other=0.0)
     # Of what a token leaves: alpha times what it met, and beta U. At the chunk's end also of what is kept and written.
-    d_a, d_after_N = read_S + tl.where(end, keep_SS, 0.0), read_N + tl.where(end, keep_SN, 0.0)
-    d_before = d_after * alpha[:, None] - asked * eta_[:, None]
-    d_before_N = d_after_N * alpha - eta_ * ask_N
-    d_la = alpha * (tl.sum(d_after * before, 1) + d_a * a + d_after_N * before_N)  # a start's alpha is 0
-    d_beta_ = tl.sum(d_after * U, 1) + d_after_N * u
-    # Of what it met: sums over s of A beta U.
-    written_U = beta_[:, None] * U
-    d_A = tl.dot(d_before, tl.trans(written_U), input_precision=EXACT)
-    d_A += d_before_N[:, None] * tl.expand_dims(beta_ * u, 0)
-    d_written = tl.dot(tl.trans(A), d_before, input_precision=EXACT)
-    d_written_N = tl.sum(A * d_before_N[:, None], 0)
-    d_beta_ += tl.sum(d_written * U, 1) + d_written_N * u
-    tl.store(d_beta + where, d_beta_, mask=inside)
-    d_U = beta_[:, None] * (d_after + d_written) + tl.where(end[:, None], tl.expand_dims(write_N, 0), 0.0)
-    d_u = beta_ * (d_after_N + d_written_N) + tl.where(end, keep_NN, 0.0)
-    later = c[:, None] < c[None, :]  # of columns
-    through_a = (d_a * alpha - eta_ * ask_S) * a
-    d_la += tl.sum(tl.where(later, tl.expand_dims(through_a, 0), 0.0), 1) + _spanned(d_A * A, 1, C)
-    d_lm = tl.sum(tl.where(c[:, None] <= c[None, :], tl.expand_dims(d_u * u, 0), 0.0), 1) + _spanned(d_U * U, 0, C)
-    if starts is not None:
-        d_la, d_lm = tl.where(goes_on == 0.0, 0.0, d_la), tl.where(goes_on == 0.0, 0.0, d_lm)
-    tl.store(d_log_alpha + where, d_la, mask=inside)
-    tl.store(d_log_mu + where, d_lm, mask=inside)
+    d_after += tl.where(end[:, None], tl.load(met + 4 * C + c)[None, :], 0.0)
+    d_after_N = tl.load(met + 3 * C + c) + tl.where(end, tl.load(met + 6 * C + 1), 0.0)
+    d_before = d_after * alpha[:, None] - asked * (eta_ * goes_on)[:, None]
+    d_before_N = d_after_N * alpha - eta_ * goes_on * ask_N
+    # What it met: sums over s of A beta U.
+    if tl.program_id(2) == 0:
+        d_eta_ = -goes_on * (a * ask_S + before_N * ask_N + tl.sum(asked * before, 1))
+        errors, d_v, v = errors + (token * HV + h) * V, d_v + (token * HV + h) * V, v + token * SV + h * V
+        for y in range(0, V, BV):
+            vv = y + tl.arange(0, BV)
+            at, here = i * (HV * V) + vv[None, :], inside[:, None] & (vv < V)[None, :]
+            E = tl.load(errors + at, mask=here, other=0.0).to(tl.float32)
+            d_eta_ += tl.sum(E * tl.load(v + i * SV + vv[None, :], mask=here, other=0.0).to(tl.float32), 1)
+            tl.store(d_v + at, (eta_[:, None] * E).to(d_v.dtype.element_ty), mask=here)
+        tl.store(d_eta + where, d_eta_, mask=inside)
+        d_a = tl.load(met + 2 * C + c) + tl.where(end, tl.load(met + 6 * C), 0.0)
+        d_la = alpha * (tl.sum(d_after * before, 1) + d_a * a + d_after_N * before_N)  # a start's alpha is 0
+        through_a = (d_a * alpha - eta_ * goes_on * ask_S) * a
+        d_la += tl.sum(tl.where(i < j, tl.expand_dims(through_a, 0), 0.0), 1)
+        d_A = tl.dot(d_before, tl.trans(beta_[:, None] * U), input_precision=EXACT)
+        d_A += d_before_N[:, None] * tl.expand_dims(beta_ * u, 0)
+        d_la += _spanned(d_A * A, 1, C)
+        tl.store(d_log_alpha + where, tl.where(goes_on == 0.0, 0.0, d_la), mask=inside)
+    else:
+        d_written = tl.dot(tl.trans(A), d_before, input_precision=EXACT)
+        d_written_N = tl.sum(A * d_before_N[:, None], 0)
+        d_u = d_after_N + d_written_N
+        tl.store(d_beta + where, tl.sum((d_after + d_written) * U, 1) + d_u * u, mask=inside)
+        d_U = beta_[:, None] * (d_after + d_written) + tl.where(end[:, None], tl.load(met + 5 * C + c)[None, :], 0.0)
+        d_u = beta_ * d_u + tl.where(end, tl.load(met + 6 * C + 2), 0.0)
+        d_lm = tl.sum(tl.where(i <= j, tl.expand_dims(d_u * u, 0), 0.0), 1) + _spanned(d_U * U, 0, C)
+        tl.store(d_log_mu + where, tl.where(goes_on == 0.0, 0.0, d_lm), mask=inside)

@@ -5,7 +5,7 @@ chunk's start through token i, A_is those over tokens s + 1 .. i - 1 (what a tok
 
     before_ij = sum_s A_is beta_s U_sj          after_ij = alpha_i before_ij + beta_i U_ij
 
-A start has alpha = mu = 0. All decays are exponents of sums of logs, never of differences of sums.
+At a start both logs are -inf, and nowhere else. All decays are exponents of sums of logs, never of differences of sums.
 """
 
 import triton
@@ -13,37 +13,24 @@ import triton.language as tl
 
 
 @triton.jit
-def logs(log, starts, b, h, t, T, HV: tl.constexpr, first):
-    """Log decays of tokens t, not before `first`; of a start -inf, outside 0."""
-    seen = (t >= first) & (t < T)
-    x = tl.load(log + (b * T + t) * HV + h, mask=seen, other=0.0)
-    if starts is not None:
-        x = tl.where(tl.load(starts + b * T + t, mask=seen, other=0) != 0, float("-inf"), x)
-    return x
-
-
-@triton.jit
-def fading(log_alpha, log_mu, beta, starts, b, h, begin, T, HV: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr):
+def fading(log_alpha, log_mu, beta, b, h, begin, T, HV: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr):
     """A, U and before [C, C]; and [C]: alpha, beta, a before each token, u, before of N, and 0 at starts, else 1."""
-    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    t = begin + tl.arange(0, C)
-    la, lm = logs(log_alpha, starts, b, h, t, T, HV, begin), logs(log_mu, starts, b, h, t, T, HV, begin)
-    past = logs(log_alpha, starts, b, h, t - 1, T, HV, begin)  # of the token before; 0 for the chunk's first
-    beta_ = tl.load(beta + (b * T + t) * HV + h, mask=t < T, other=0.0)
+    i, j, c = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :], tl.arange(0, C)
+    at, inside = (b * T + begin) * HV + h + c * HV, begin + c < T
+    la, lm = tl.load(log_alpha + at, mask=inside, other=0.0), tl.load(log_mu + at, mask=inside, other=0.0)
+    past = tl.load(log_alpha + at - HV, mask=(c > 0) & (begin + c <= T), other=0.0)  # of the token before
+    beta_ = tl.load(beta + at, mask=inside, other=0.0)
     A = tl.where(j < i, tl.exp(tl.cumsum(tl.where(j < i - 1, past[:, None], 0.0), 0)), 0.0)
     U = tl.where(j <= i, tl.exp(tl.cumsum(tl.where(j < i, lm[:, None], 0.0), 0)), 0.0)
     before = tl.dot(A, beta_[:, None] * U, input_precision=EXACT)
     a, u = tl.exp(tl.cumsum(past, 0)), tl.exp(tl.cumsum(lm, 0))
     before_N = tl.sum(A * tl.expand_dims(beta_ * u, 0), 1)
-    goes_on = tl.full([C], 1.0, tl.float32)
-    if starts is not None:
-        goes_on = tl.where(tl.load(starts + b * T + t, mask=t < T, other=0) != 0, 0.0, 1.0)
-    return A, U, before, tl.exp(la), beta_, a, u, before_N, goes_on
+    return A, U, before, tl.exp(la), beta_, a, u, before_N, tl.where(la == float("-inf"), 0.0, 1.0)
 
 
 @triton.jit(do_not_specialize=["T"])
 def prepare(
-    q, k, p, log_alpha, log_mu, beta, eta, starts, inverse, scores, coefficients, T,
+    q, k, p, log_alpha, log_mu, beta, eta, inverse, scores, coefficients, T,
     H: tl.constexpr, HP: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, SQ: tl.constexpr, SK: tl.constexpr,
     SP: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, BK: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
@@ -56,9 +43,7 @@ def prepare(
     n, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h, chunks, c = bh // HV, bh % HV, tl.cdiv(T, C), tl.arange(0, C)
     i, j, valid, token = c[:, None], c[None, :], n * C + c < T, b * T + n * C
-    A, U, before, alpha, beta_, a, u, before_N, goes_on = fading(
-        log_alpha, log_mu, beta, starts, b, h, n * C, T, HV, C, EXACT
-    )
+    A, U, before, alpha, beta_, a, u, before_N, goes_on = fading(log_alpha, log_mu, beta, b, h, n * C, T, HV, C, EXACT)
     eta_ = tl.load(eta + token * HV + h + c * HV, mask=valid, other=0.0)
     q += token * SQ + (h // (HV // H)) * K
     k += token * SK + (h // (HV // H)) * K
@@ -101,8 +86,8 @@ def scan(
 ):  # fmt: skip
     """BV columns of both memories through all chunks.
 
-    Without `kept`: out [B, T, HV, V] and last [B, HV, 2, K, V]. With it only what backward needs: kept
-    [B, HV, chunks, 2, K, V], S and N at each chunk's start, and written = Z [B, T, HV, V].
+    out [B, T, HV, V] and last [B, HV, 2, K, V], where they are wanted; or kept [B, HV, chunks, 2, K, V], S and N at
+    each chunk's start, and written = Z [B, T, HV, V].
     """
     d, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h, chunks = bh // HV, bh % HV, tl.cdiv(T, C)
@@ -151,6 +136,36 @@ def scan(
         keys = tl.trans(k_)
         S = tl.dot(keys, (to_S * Z).to(DOT), a * S + g * N, input_precision=PRECISION)
         N = tl.dot(keys, (to_N * Z).to(DOT), u * N, input_precision=PRECISION)
-    if kept is None:
+    if last is not None:
         tl.store(last + bh * 2 * K * V + memory, S, mask=fits)
         tl.store(last + (bh * 2 + 1) * K * V + memory, -N, mask=fits)
+
+
+@triton.jit(do_not_specialize=["T"])
+def outputs(
+    q, scores, coefficients, kept, written, out, T,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SQ: tl.constexpr, C: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out [B, T, HV, V] of one chunk and BV columns, from what `scan` kept and wrote."""
+    n, bh, d = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    b, h, chunk = bh // HV, bh % HV, bh * tl.cdiv(T, C) + n
+    c, vv = tl.arange(0, C), d * BV + tl.arange(0, BV)
+    token, valid = b * T + n * C, (n * C + c < T)[:, None]
+    at, here = c[:, None] * (HV * V) + vv[None, :], valid & (vv < V)[None, :]
+    q += token * SQ + (h // (HV // H)) * K
+    kept += chunk * 2 * K * V
+    from_S, from_N = tl.zeros([C, BV], tl.float32), tl.zeros([C, BV], tl.float32)
+    for x in range(0, K, BK):
+        kk = x + tl.arange(0, BK)
+        memory, fits = kk[:, None] * V + vv[None, :], (kk < K)[:, None] & (vv < V)[None, :]
+        q_ = tl.load(q + c[:, None] * SQ + kk[None, :], mask=valid & (kk < K)[None, :], other=0.0).to(DOT)
+        S, N = tl.load(kept + memory, mask=fits, other=0.0), tl.load(kept + K * V + memory, mask=fits, other=0.0)
+        from_S = tl.dot(q_, S.to(DOT), from_S, input_precision=PRECISION)
+        from_N = tl.dot(q_, N.to(DOT), from_N, input_precision=PRECISION)
+    P = tl.load(scores + chunk * C * C + c[:, None] * C + c[None, :]).to(DOT)
+    Z = tl.load(written + (token * HV + h) * V + at, mask=here, other=0.0).to(DOT)
+    read = coefficients + chunk * 7 * C + 2 * C + c
+    o = tl.load(read)[:, None] * from_S + tl.load(read + C)[:, None] * from_N
+    o = tl.dot(P, Z, o, input_precision=PRECISION)
+    tl.store(out + (token * HV + h) * V + at, o.to(out.dtype.element_ty), mask=here)
