@@ -6,11 +6,13 @@ import sys
 import pytest
 import torch
 
+from seqzoo.kernels import dispatch
 from seqzoo.kernels.delta_inputs.reference import delta_inputs_reference
 from seqzoo.kernels.delta_step import delta_step_
 from seqzoo.kernels.delta_step.reference import delta_step_reference
 from seqzoo.kernels.dispatch import use_backend
 from seqzoo.kernels.gated_delta_rule.reference import gated_delta_rule_reference
+from seqzoo.kernels.gpu.launch import instead, run
 from seqzoo.kernels.rms_norm.reference import gated_rms_norm_reference
 from seqzoo.kernels.short_conv.reference import short_conv_reference
 from seqzoo.layers.mixers.gated_deltanet import GatedDeltaNet
@@ -142,28 +144,25 @@ def test_bad_input_is_named():
 
 
 def test_the_layer_decodes_by_it(monkeypatch):
-    """Prefill by the parts, then steps of one and more tokens, of which one begins a document: as without it."""
+    """Prefill by the parts, then steps of one and more tokens, of which one begins a document: as on a CPU."""
     layer = GatedDeltaNet(16, num_key_heads=2, num_value_heads=4, key_width=6, value_width=10).eval()
-    x, starts = torch.randn(2, 9, 16), torch.zeros(2, 9, dtype=torch.bool)
-    starts[1, 7] = True
-    seen = []
+    x, starts, cuts = torch.randn(2, 21, 16), torch.zeros(2, 21, dtype=torch.bool), ((0, 17), (17, 18), (18, 21))
+    starts[1, 19] = True
 
     def decoded():
         state, outputs = layer.init_state(2, device=x.device, dtype=x.dtype), []
-        for a, b in ((0, 5), (5, 6), (6, 9)):
+        for a, b in cuts:
             y, state = layer(x[:, a:b], Span(torch.arange(a, b).expand(2, -1), starts=starts[:, a:b]), state)
             outputs.append(y)
         return torch.cat(outputs, dim=1), state
 
-    def on_gpu(backends, qkv, width):
-        seen.append(qkv.shape[1])
-        return qkv.shape[1] < 5
-
     with torch.no_grad():
         expected = decoded()
-        monkeypatch.setattr("seqzoo.kernels.delta_step.op.step_on_gpu", on_gpu)
-        torch.testing.assert_close(decoded(), expected, **NEAR)
-    assert {1, 3} <= set(seen)
+        monkeypatch.setitem(dispatch.FAST, "cpu", ("triton",))  # the CPU is taken for a GPU
+        started = []
+        with instead(lambda this: (started.append(this.kernel.fn.__name__), run(this))):
+            torch.testing.assert_close(decoded(), expected, **NEAR)
+    assert started[-2:] == ["delta_steps"] * 2 and started.count("delta_steps") == 2
 
 
 TRACED = """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from seqzoo.kernels.checks import KINDS, check_tensors
-from seqzoo.kernels.dispatch import choose, forced
+from seqzoo.kernels.dispatch import FAST, choose, forced
 from seqzoo.kernels.gpu.launch import usable
 
 MOST = 16  # tokens of a step; of more, the op itself is faster
@@ -73,7 +73,7 @@ def step_on_gpu(backends: Container[str], x: Tensor, width: int) -> bool:
     Raises:
         ValueError: a backend is forced that the op lacks.
     """
-    if not (x.is_cuda or forced()):
+    if not forced() and "triton" not in FAST.get(x.device.type, ()):  # layers ask at every token
         return False
     kinds = (torch.float32, torch.bfloat16, torch.float16)  # float32 too: nothing is multiplied on matrix units
     able = lambda name: name == "triton" and usable() and x.dtype in kinds and width <= WIDEST
