@@ -34,7 +34,8 @@ def delta_inputs_triton(
 
 
 def _values(qkv: Tensor, a_log: Tensor, H: int, K: int) -> Tensor:
-    return qkv[..., 2 * H * K :].unflatten(-1, (a_log.shape[0], -1))
+    (B, T, C), (HV,) = qkv.shape, a_log.shape
+    return qkv[..., 2 * H * K :].view(B, T, HV, (C - 2 * H * K) // HV)
 
 
 def _config(kernel: str, qkv: Tensor, HV: int, H: int, K: int) -> tuple[dict, int]:
