@@ -16,6 +16,7 @@ from seqzoo.kernels.gpu.examples import on_meta
 from seqzoo.kernels.gpu.traffic import counting
 from seqzoo.kernels.ovq_attention import OVQRule, OVQState, gpu, ovq_attention
 from seqzoo.kernels.ovq_attention.op import BACKENDS
+from seqzoo.kernels.ovq_attention.read import InTurn
 
 CLOSE = dict(atol=2e-5, rtol=2e-4)
 RULE = OVQRule(chunk=4, slots=5)
@@ -137,6 +138,14 @@ def test_the_same_alone_and_packed():
         assert_close(x[:, :18], y, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("C, new", [(1, 1), (33, 9), (60, 20), (40, 40)])
+def test_first_slots(C, new):
+    """Chosen in one program as by torch, also where likenesses are equal."""
+    k = torch.randint(-2, 3, (2, 3, C, 4)).float()
+    likeness = k @ k.mT
+    assert torch.equal(gpu.farthest(likeness, new), InTurn.farthest(likeness, new))
+
+
 def test_no_scores_are_kept():
     """For backward: inputs, outputs, each chunk's memory once. Nothing of tokens times slots."""
     (q, k, v, scale), rule, _ = setting("several blocks")
@@ -169,7 +178,8 @@ def test_lengths_compile_once():
         for _, call in gpu.examples(on_meta):
             call()
     for kernel in {x.kernel for x in launches if hasattr(x.kernel, "params")}:
-        assert {p.name: p for p in kernel.params}["strips"].do_not_specialize
+        names = {p.name: p for p in kernel.params}
+        assert all(names[n].do_not_specialize for n in ("strips", "C", "new") if n in names)
 
 
 def test_is_chosen_on_a_gpu():

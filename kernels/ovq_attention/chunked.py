@@ -6,7 +6,7 @@ documents or padding come in, the host waits once to know their places; the chun
 A documents at work   G key heads   H = r G query heads   L new tokens   C tokens of the chunk   M slots in use
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from seqzoo.kernels.ovq_attention.layout import Document, Layout, layout
+from seqzoo.kernels.ovq_attention.layout import Document, layout
 from seqzoo.kernels.ovq_attention.read import InTurn, column
 from seqzoo.kernels.ovq_attention.rule import OVQRule, OVQState
 
@@ -28,9 +28,9 @@ def ovq_attention_chunked(
     state: OVQState | None = None,
     starts: Tensor | None = None,
     valid: Tensor | None = None,
-    read: Callable[[Tensor, Tensor, Tensor, Layout, OVQRule], Any] = InTurn,
+    read: Any = InTurn,
 ) -> tuple[Tensor, OVQState | None]:
-    """Same as `ovq_attention_reference`; `read`: who reads, in the manner of `InTurn`."""
+    """Same as `ovq_attention_reference`; `read`: a class in the manner of `InTurn`."""
     dtype = torch.promote_types(v.dtype, torch.float32)
     kv, scale = torch.cat([k, v], dim=-1), scale.to(dtype)
     seen = [0] * len(q) if state is None else state.tokens.tolist()
@@ -49,7 +49,7 @@ def ovq_attention_chunked(
         if state is not None:
             ended.add(n, memory[n:], counts[n:])
         if n:
-            memory, counts = _write(memory[:n], counts[:n], chunk[:n], step.merged[:n], q.shape[-1], rule)
+            memory, counts = _write(memory[:n], counts[:n], chunk[:n], step.merged[:n], q.shape[-1], rule, read)
         if state is not None:
             ended.add(going_on, memory[going_on:n], counts[going_on:n])
         memory, counts = memory[:going_on], counts[:going_on]
@@ -106,11 +106,11 @@ class _Ended:
 
 
 def _write(
-    memory: Tensor, counts: Tensor, chunk: Tensor, merged: list[int], K: int, rule: OVQRule
+    memory: Tensor, counts: Tensor, chunk: Tensor, merged: list[int], K: int, rule: OVQRule, read: Any
 ) -> tuple[Tensor, Tensor]:
     """Full chunks [A, G, C, K + V] into their documents' memory and counts, both with room for the new slots."""
     with torch.no_grad():
-        slot = _assign(chunk[..., :K], memory[..., :K], counts, merged, rule)  # [A, G, C]
+        slot = _assign(chunk[..., :K], memory[..., :K], counts, merged, rule, read)  # [A, G, C]
         counts = F.pad(counts, (0, max(0, max(rule.used(t + rule.chunk) for t in merged) - counts.shape[2])))
         slot += torch.arange(0, counts.numel(), counts.shape[2], device=slot.device).view(*slot.shape[:2], 1)
         added = torch.zeros_like(counts).flatten().index_add_(0, slot.flatten(), counts.new_ones(slot.numel()))
@@ -153,13 +153,13 @@ def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
         total.index_add_(0, index, rows)
 
 
-def _assign(k: Tensor, slots: Tensor, counts: Tensor, merged: list[int], rule: OVQRule) -> Tensor:
+def _assign(k: Tensor, slots: Tensor, counts: Tensor, merged: list[int], rule: OVQRule, read: Any) -> Tensor:
     """The slot [A, G, C] of each key [A, G, C, K], of slots [A, G, M, K]."""
     C, device = k.shape[2], k.device
     if rule.similarity == "cosine":
         k, slots = F.normalize(k, dim=-1), F.normalize(slots, dim=-1)
     if not any(merged):
-        return _assign_first(k @ k.mT, rule.used(C), rule)
+        return _assign_first(k @ k.mT, rule.used(C), rule, read)
     used, new = [rule.used(t) for t in merged], [rule.used(t + C) - rule.used(t) for t in merged]
     likeness = k @ slots[:, :, : max(used)].mT
     if min(used) < max(used):
@@ -175,23 +175,15 @@ def _assign(k: Tensor, slots: Tensor, counts: Tensor, merged: list[int], rule: O
         slot = torch.where(rank < column(new, device), rank + column(used, device), slot)
     if not all(merged):
         first = torch.tensor([t == 0 for t in merged], device=device)[:, None, None]
-        slot = torch.where(first, _assign_first(k @ k.mT, rule.used(C), rule), slot)
+        slot = torch.where(first, _assign_first(k @ k.mT, rule.used(C), rule, read), slot)
     return slot
 
 
-def _assign_first(likeness: Tensor, new: int, rule: OVQRule) -> Tensor:
+def _assign_first(likeness: Tensor, new: int, rule: OVQRule, read: Any) -> Tensor:
     """The same where no slot is in use; likeness [A, G, C, C] of the chunk's keys."""
-    C = likeness.shape[-1]
-    chosen = torch.zeros_like(likeness[..., 0, :1], dtype=torch.int64)
-    if rule.first_chunk == "shared":
-        slot = torch.zeros_like(likeness[..., 0], dtype=torch.int64)
-        chosen = torch.cat([chosen, 1 + likeness[..., 0, 1:].argsort(stable=True)], dim=-1)[..., :new]
-    else:
-        covered = likeness[..., 0, :].scatter(-1, chosen, torch.inf)
-        while chosen.shape[-1] < new:
-            pick = covered.argmin(-1, keepdim=True)
-            chosen = torch.cat([chosen, pick], dim=-1)
-            more = likeness.gather(-2, pick[..., None].expand(*pick.shape, C))[..., 0, :]
-            covered = torch.maximum(covered, more).scatter_(-1, pick, torch.inf)
-        slot = likeness.gather(-1, chosen[..., None, :].expand(*likeness.shape[:3], new)).argmax(-1)
+    if rule.first_chunk == "farthest":
+        return read.farthest(likeness, new)
+    slot = torch.zeros_like(likeness[..., 0], dtype=torch.int64)
+    chosen = 1 + likeness[..., 0, 1:].argsort(stable=True)
+    chosen = torch.cat([torch.zeros_like(slot[..., :1]), chosen], dim=-1)[..., :new]
     return slot.scatter(-1, chosen, torch.arange(new, device=slot.device).expand_as(chosen))

@@ -12,9 +12,11 @@ from torch import Tensor
 from seqzoo.kernels.gpu import launch, needs_gpu, products, takes, tuned
 from seqzoo.kernels.ovq_attention.chunked import ovq_attention_chunked
 from seqzoo.kernels.ovq_attention.layout import Layout, sent
+from seqzoo.kernels.ovq_attention.read import InTurn
 from seqzoo.kernels.ovq_attention.rule import OVQRule, OVQState
 
 WIDE = 256  # heads at most
+LONG = 4096  # [tokens] chunks whose first slots are chosen in one program
 
 
 def runs(q: Tensor, v: Tensor) -> bool:
@@ -68,6 +70,37 @@ class Together:
         learns = torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.scale, self.tokens))
         learns = learns or torch.is_grad_enabled() and any(x.requires_grad for x in self.memories)
         return _read(self.q, self.scale, self.tokens, self.memories, self.counts, table, flags, learns)[0]
+
+    @staticmethod
+    def farthest(likeness: Tensor, new: int) -> Tensor:
+        """As `InTurn.farthest`."""
+        if likeness.shape[-1] > LONG:
+            return InTurn.farthest(likeness, new)
+        return _farthest(likeness, new)
+
+
+@torch.library.custom_op("seqzoo::ovq_assign_farthest", mutates_args=())
+def _farthest(likeness: Tensor, new: int) -> Tensor:
+    return farthest(likeness, new)
+
+
+@_farthest.register_fake
+def _(likeness, new):
+    return likeness.new_empty(likeness.shape[:3], dtype=torch.int64)
+
+
+def farthest(likeness: Tensor, new: int) -> Tensor:
+    """The slot [A, G, C] of each token."""
+    from triton import next_power_of_2
+
+    from seqzoo.kernels.ovq_attention.gpu_assign import assign_farthest
+
+    C = likeness.shape[-1]
+    config = tuned("ovq_attention", "farthest", likeness.device, likeness.dtype, C=C)
+    slot = likeness.new_empty(likeness.shape[:3], dtype=torch.int64)
+    tensors = likeness.contiguous(), slot
+    launch(assign_farthest, (likeness.shape[:2].numel(),), *tensors, C, new, BC=next_power_of_2(C), **config)
+    return slot
 
 
 def jobs(plan: Layout, sizes: Sequence[int], rule: OVQRule) -> list[tuple[int, ...]]:
@@ -200,6 +233,9 @@ _read.register_autograd(_backward, setup_context=_remember)
 def examples(make: Callable) -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls that start the kernels in their shape classes; see `kernels/gpu/examples.py`."""
     half, full = torch.bfloat16, torch.float32
+    for C in (128, 1024, 4096):
+        likeness = make((2, 2, C, C), full)
+        yield f"farthest of {C}", lambda x=likeness: farthest(x, 100)
     for K, V, L, dtype, norms in (
         *((d, d, 128, dtype, 0) for d in (64, 128, 256) for dtype in (half, full)),
         (64, 128, 128, half, 0),

@@ -39,6 +39,20 @@ class InTurn:
         """What was read, [n, V], the rows of `plan.queries`."""
         return torch.cat(self.outputs)
 
+    @staticmethod
+    def farthest(likeness: Tensor, new: int) -> Tensor:
+        """The slot [A, G, C] of each token of a first chunk, by the likeness [A, G, C, C] of its keys."""
+        C = likeness.shape[-1]
+        chosen = torch.zeros_like(likeness[..., 0, :1], dtype=torch.int64)
+        covered = likeness[..., 0, :].scatter(-1, chosen, torch.inf)
+        while chosen.shape[-1] < new:
+            pick = covered.argmin(-1, keepdim=True)
+            chosen = torch.cat([chosen, pick], dim=-1)
+            more = likeness.gather(-2, pick[..., None].expand(*pick.shape, C))[..., 0, :]
+            covered = torch.maximum(covered, more).scatter_(-1, pick, torch.inf)
+        slot = likeness.gather(-1, chosen[..., None, :].expand(*likeness.shape[:3], new)).argmax(-1)
+        return slot.scatter(-1, chosen, torch.arange(new, device=slot.device).expand_as(chosen))
+
 
 def column(values: Sequence[int], device: torch.device) -> int | Tensor:
     """A number for each document: one for all, or [A, 1, 1]."""
