@@ -3,7 +3,8 @@
 Forward is two launches: all chunks at once solve their systems, then one program per columns of the values carries both
 memories through time in registers, and reads them. Of each chunk only its inverse, its scores and seven numbers per
 token go through memory, not the memories. Backward does the first again, and the second for the memories at the start
-of each chunk; then a pass against time, and all gradients chunk by chunk. Only inputs are kept for it.
+of each chunk; then a pass against time, and all gradients chunk by chunk, in three parts that registers hold. Only
+inputs are kept for it.
 
 A sequence gets the same bits alone and in a batch, and so does a document that begins where a chunk does.
 """
@@ -149,17 +150,24 @@ class _Call:
         )  # fmt: skip
         return d_first, d_kept, errors
 
-    def gradients(self, d_o: Tensor, kept: Tensor, d_kept: Tensor, written: Tensor, errors: Tensor) -> list[Tensor]:
+    def gradients(
+        self, coefficients: Tensor, d_o: Tensor, kept: Tensor, d_kept: Tensor, written: Tensor, errors: Tensor
+    ) -> list[Tensor]:
+        """Of the time inputs, by value head."""
         from seqzoo.kernels.momentum_delta_rule import gpu_backward
 
         like = lambda x: self.of_tokens(self.K, dtype=x.dtype if x.shape[2] == self.HV else torch.float32)
-        d_q, d_k, d_p, pairs = like(self.q), like(self.k), like(self.p), self.of_chunks(2, self.C, self.C)
+        d_q, d_k, d_p, pairs = like(self.q), like(self.k), like(self.p), self.of_chunks(4, self.C, self.C)
         met, d_v = self.of_chunks(7, self.C, dtype=torch.float32), self.of_tokens(self.V, dtype=self.v.dtype)
         grid = self.chunks, self.B * self.HV
         launch(
-            gpu_backward.gradients, grid, self.q, self.k, self.p, *self.gates, d_o, kept, d_kept, written, errors,
-            d_q, d_k, d_p, pairs, met, self.T, **self.sizes, V=self.V, **self.products, EXACT=self.exact,
-            **self.config("gradients", BK=self.K, BV=self.V),
+            gpu_backward.pairs, grid, self.q, self.k, self.p, *self.gates, d_o, written, errors, pairs, self.T,
+            **self.sizes, V=self.V, **self.config("pairs", BK=self.K, BV=self.V), **self.products, EXACT=self.exact,
+        )  # fmt: skip
+        launch(
+            gpu_backward.gradients, grid, self.q, self.k, self.p, self.eta, coefficients, pairs, d_o, kept, d_kept,
+            written, errors, d_q, d_k, d_p, met, self.T, **self.sizes, V=self.V,
+            **self.config("gradients", BK=self.K, BV=self.V), **self.products,
         )  # fmt: skip
         d_gates = [self.of_tokens() for _ in range(4)]
         launch(
@@ -188,7 +196,7 @@ def backward(d_o: Tensor, d_last: Tensor | None, *tensors: Tensor | None) -> tup
     made = call.prepare()
     kept, written = call.keep(made, state)
     d_first, d_kept, errors = call.back(made, d_o, None if d_last is None else d_last.contiguous())
-    grads = call.gradients(d_o, kept, d_kept, written, errors)
+    grads = call.gradients(made[2], d_o, kept, d_kept, written, errors)
     for n in (0, 1, 3):  # heads that several values share
         if time[n].shape[2] < call.HV:
             grads[n] = grads[n].unflatten(2, (time[n].shape[2], -1)).sum(3).to(time[n].dtype)

@@ -77,24 +77,21 @@ def _spanned(x, shift: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T"])
-def gradients(
-    q, k, p, log_alpha, log_mu, beta, eta, d_o, kept, d_kept, written, errors, d_q, d_k, d_p, pairs, met, T,
+def pairs(
+    q, k, p, log_alpha, log_mu, beta, eta, d_o, written, errors, out, T,
     H: tl.constexpr, HP: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SQ: tl.constexpr,
     SK: tl.constexpr, SP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Of one chunk: d_q, d_k, d_p [B, T, HV, K] by value head, and for `gates` pairs [B, HV, chunks, 2, C, C] and met.
-
-    pairs: E Z^T times P K^T, and dO Z^T times Q K^T. met [B, HV, chunks, 7, C]:
-    of each token p . E S^T, p . E N^T, q . dO S^T, q . dO N^T, k . Z dS^T, k . Z dN^T; and at 0, 1 and 2 of the
-    last row the sums of dS S, dS N and dN N.
+    """Of a chunk's pairs of tokens, out [B, HV, chunks, 4, C, C]: gradients of P K^T and of Q K^T, each after dV or dO
+    Z^T times the decays; and for `gates` E Z^T times P K^T, and dO Z^T times Q K^T.
     """
     n, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h, chunk = bh // HV, bh % HV, bh * tl.cdiv(T, C) + n
     c = tl.arange(0, C)
-    token, inside, end = b * T + n * C, n * C + c < T, c == C - 1
+    token, inside = b * T + n * C, n * C + c < T
     valid, rows = inside[:, None], c[:, None] * (HV * V)
-    for_V, for_K, for_keys = (token * HV + h) * V, (token * HV + h) * K, (h // (HV // H)) * K
+    for_V, for_keys = (token * HV + h) * V, (h // (HV // H)) * K
     errors, written, d_o = errors + for_V, written + for_V, d_o + for_V
     q, k, p = q + token * SQ + for_keys, k + token * SK + for_keys, p + token * SP + (h // (HV // HP)) * K
     EZ, OZ = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
@@ -115,20 +112,42 @@ def gradients(
         q_ = tl.load(q + c[:, None] * SQ + kk[None, :], mask=seen, other=0.0).to(DOT)
         pk = tl.dot(p_, keys, pk, input_precision=PRECISION)
         qk = tl.dot(q_, keys, qk, input_precision=PRECISION)
-    pairs += chunk * 2 * C * C + c[:, None] * C + c[None, :]
-    tl.store(pairs, (EZ * pk).to(pairs.dtype.element_ty))
-    tl.store(pairs + C * C, (OZ * qk).to(pairs.dtype.element_ty))
+    out += chunk * 4 * C * C + c[:, None] * C + c[None, :]
+    tl.store(out + 2 * C * C, (EZ * pk).to(out.dtype.element_ty))
+    tl.store(out + 3 * C * C, (OZ * qk).to(out.dtype.element_ty))
     A, U, before, alpha, beta_, a, u, before_N, goes_on = fading(log_alpha, log_mu, beta, b, h, n * C, T, HV, C, EXACT)
     eta_ = tl.load(eta + token * HV + h + c * HV, mask=inside, other=0.0) * goes_on
-    after, after_N = alpha[:, None] * before + beta_[:, None] * U, alpha * before_N + beta_ * u
-    to_S = tl.sum(tl.where(end[:, None], after, 0.0), 0)[:, None]
-    to_N = tl.sum(tl.where(end[:, None], U, 0.0), 0)[:, None]
-    d_pk, d_qk = (-eta_[:, None] * EZ * before).to(DOT), (OZ * after).to(DOT)
+    tl.store(out, (-eta_[:, None] * before * EZ).to(out.dtype.element_ty))
+    tl.store(out + C * C, ((alpha[:, None] * before + beta_[:, None] * U) * OZ).to(out.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["T"])
+def gradients(
+    q, k, p, eta, coefficients, pairs, d_o, kept, d_kept, written, errors, d_q, d_k, d_p, met, T,
+    H: tl.constexpr, HP: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SQ: tl.constexpr,
+    SK: tl.constexpr, SP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of one chunk: d_q, d_k, d_p [B, T, HV, K] by value head, and met [B, HV, chunks, 7, C] for `gates`.
+
+    met: of each token p . E S^T, p . E N^T, q . dO S^T, q . dO N^T, k . Z dS^T, k . Z dN^T; and at 0, 1 and 2 of the
+    last row the sums of dS S, dS N and dN N.
+    """
+    n, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h, chunk = bh // HV, bh % HV, bh * tl.cdiv(T, C) + n
+    c = tl.arange(0, C)
+    token, inside = b * T + n * C, n * C + c < T
+    valid, rows = inside[:, None], c[:, None] * (HV * V)
+    for_V, for_K, for_keys = (token * HV + h) * V, (token * HV + h) * K, (h // (HV // H)) * K
+    errors, written, d_o = errors + for_V, written + for_V, d_o + for_V
+    q, k, p = q + token * SQ + for_keys, k + token * SK + for_keys, p + token * SP + (h // (HV // HP)) * K
+    kept, d_kept, pairs = kept + chunk * 2 * K * V, d_kept + chunk * 2 * K * V, pairs + chunk * 4 * C * C
+    d_q, d_k, d_p, square = d_q + for_K, d_k + for_K, d_p + for_K, c[:, None] * C + c[None, :]
+    from_ = coefficients + chunk * 7 * C + c
+    from_v = -tl.load(eta + token * HV + h + c * HV, mask=inside, other=0.0)
     ask_S, ask_N, read_S = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     read_N, write_S, write_N = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     keep_SS, keep_SN, keep_NN = 0.0, 0.0, 0.0
-    kept, d_kept = kept + chunk * 2 * K * V, d_kept + chunk * 2 * K * V
-    d_q, d_k, d_p = d_q + for_K, d_k + for_K, d_p + for_K
     for x in range(0, K, BK):
         kk = x + tl.arange(0, BK)
         seen = valid & (kk < K)[None, :]
@@ -168,15 +187,17 @@ def gradients(
         q_, k_, p_ = q_.to(DOT), k_.to(DOT), p_.to(DOT)
         # Products inside the chunk are masked before they are added: added to at once, they would dictate to all the
         # sums above how these lie in registers, with each number held by two warps.
+        d_qk = tl.load(pairs + C * C + square).to(DOT)
         g = tl.where(seen, tl.dot(d_qk, k_, input_precision=PRECISION), 0.0)
-        g += (alpha * a)[:, None] * OS + after_N[:, None] * ON
+        g += tl.load(from_ + 2 * C)[:, None] * OS + tl.load(from_ + 3 * C)[:, None] * ON
         tl.store(d_q + to, g.to(d_q.dtype.element_ty), mask=seen)
+        d_pk = tl.load(pairs + square).to(DOT)
         g = tl.where(seen, tl.dot(d_pk, k_, input_precision=PRECISION), 0.0)
-        g -= (eta_ * a)[:, None] * ES + (eta_ * before_N)[:, None] * EN
+        g += (from_v * tl.load(from_))[:, None] * ES + (from_v * tl.load(from_ + C))[:, None] * EN
         tl.store(d_p + to, g.to(d_p.dtype.element_ty), mask=seen)
         g = tl.dot(tl.trans(d_pk), p_, input_precision=PRECISION)
         g = tl.where(seen, tl.dot(tl.trans(d_qk), q_, g, input_precision=PRECISION), 0.0)
-        g += to_S * ZS + to_N * ZN
+        g += tl.load(from_ + 4 * C)[:, None] * ZS + tl.load(from_ + 5 * C)[:, None] * ZN
         tl.store(d_k + to, g.to(d_k.dtype.element_ty), mask=seen)
     met += chunk * 7 * C + c
     tl.store(met, ask_S)
@@ -203,7 +224,7 @@ def gates(
     token, inside, end = b * T + n * C, n * C + c < T, c == C - 1
     where, i, j = token * HV + h + c * HV, c[:, None], c[None, :]
     met += chunk * 7 * C
-    pairs += chunk * 2 * C * C + i * C + j
+    pairs += chunk * 4 * C * C + 2 * C * C + i * C + j
     ask_S, ask_N = tl.load(met + c), tl.load(met + C + c)
     asked, d_after = tl.load(pairs).to(tl.float32), tl.load(pairs + C * C).to(tl.float32)
     A, U, before, alpha, beta_, a, u, before_N, goes_on = fading(log_alpha, log_mu, beta, b, h, n * C, T, HV, C, EXACT)
