@@ -135,6 +135,7 @@ def examples(make: Callable) -> Iterator[tuple[str, Callable[[], object]]]:
         (2, 4096, 8192, 4, half, False, False),
         (2, 4096, 8192, 4, half, False, True),
         (2, 4096, 8192, 4, full, True, True),
+        (1, 32768, 8192, 4, half, False, False),  # longer segments, so that their shares of dweight are few
         (2, 512, 2048, 8, half, True, True),
         (64, 1, 8192, 4, half, True, False),
         (64, 5, 8192, 4, half, True, False),
