@@ -60,7 +60,7 @@ def gated_delta_rule_step_triton(
     (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
     q, k, v = rows(q), rows(k), rows(v)
     starts = None if starts is None else starts.contiguous()
-    o, cut = v.new_empty(v.shape), blocks(K, V)
+    o, cut = v.new_empty(v.shape), blocks(K, V, v.device)
     launch(
         gated_delta_rule_steps,
         (B * HV * -(-V // cut["BV"]),),

@@ -13,6 +13,7 @@ from torch import Tensor
 from seqzoo.kernels.checks import KINDS, check_tensors
 from seqzoo.kernels.dispatch import FAST, choose, forced
 from seqzoo.kernels.gpu.launch import usable
+from seqzoo.kernels.gpu.tables import arch
 
 MOST = 16  # tokens of a step; of more, the op itself is faster
 WIDEST = 1024  # rows of a state that a program keeps whole
@@ -125,8 +126,21 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
 
 
-def blocks(K: int, V: int) -> dict[str, int]:
-    """How a state [K, V] is cut for programs that keep all K of some columns: about 2048 numbers each, 16 a thread."""
+def blocks(K: int, V: int, device: torch.device, states: int = 1) -> dict[str, int]:
+    """How a state [K, V] is cut for programs that keep all K of some columns: about 2048 numbers each, 16 a thread.
+
+    Args:
+        K, V: its size.
+        device: of the pool.
+        states: that a program keeps.
+    """
     BK, BV = (1 << (n - 1).bit_length() for n in (K, V))
     BV = min(BV, max(16, 2048 // BK))
-    return dict(BK=BK, BV=BV, num_warps=min(8, max(1, BK * BV // 512)), num_stages=1)
+    warps = min(8, max(1, BK * BV // 512))
+    most = 64 * states if warps < 8 else 255  # the widest leave more than 16 to a thread
+    return dict(BK=BK, BV=BV, num_warps=warps, num_stages=1, **registers(most, device))
+
+
+def registers(most: int, device: torch.device) -> dict[str, int]:
+    """What says to a compiler how many a thread may have: NVIDIA's else spills a few for one program more at a time."""
+    return {} if arch(device).startswith("gfx") else dict(maxnreg=most)

@@ -59,7 +59,7 @@ def linear_attention_step_triton(
     (B, T, H, K), (G, V) = q.shape, v.shape[2:]
     q, k, v = rows(q), rows(k), rows(v)
     g, starts = (None if x is None else x.contiguous() for x in (g, starts))
-    o, cut = v.new_empty(B, T, H, V), blocks(K, V)
+    o, cut = v.new_empty(B, T, H, V), blocks(K, V, v.device)
     launch(
         linear_attention_steps,
         (B * G * -(-V // cut["BV"]),),

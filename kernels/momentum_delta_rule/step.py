@@ -74,7 +74,7 @@ def momentum_delta_rule_step_triton(
     (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
     wide = [rows(x) for x in (q, k, v, p)]
     starts = None if starts is None else starts.contiguous()
-    o, cut = v.new_empty(v.shape), blocks(K, V)
+    o, cut = v.new_empty(v.shape), blocks(K, V, v.device, states=2)
     launch(
         momentum_delta_rule_steps,
         (B * HV * -(-V // cut["BV"]),),

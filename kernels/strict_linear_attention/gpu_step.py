@@ -28,7 +28,7 @@ def strict_linear_attention_steps(
     v += row * v_row + head // (H // G) * D + ds
     if live:
         in_n, in_d = ns < N, ds < D
-        places = pool + slot * pool_slot + (head * N + ns).to(tl.int64)[:, None] * D + ds[None, :]
+        places = pool + slot * pool_slot + head.to(tl.int64) * (N * D) + ns[:, None] * D + ds[None, :]
         state = tl.load(places, mask=in_n[:, None] & in_d[None, :], other=0.0)
         fade = 1.0
         if decay is not None:

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seqzoo.kernels.gpu import launch, needs_gpu
-from seqzoo.kernels.gpu.pool import check_pool, gathered, rows, step_on_gpu
+from seqzoo.kernels.gpu.pool import check_pool, gathered, registers, rows, step_on_gpu
 from seqzoo.kernels.strict_linear_attention.op import BACKENDS, _check, strict_linear_attention
 
 TILE = dict(BN=128, BD=16)  # of a memory, in a program's registers
@@ -71,7 +71,7 @@ def strict_linear_attention_step_triton(
         (B * H * tiles * slices,),
         *(r, v, decay, pool, index, starts, parts),
         *(T, pool.shape[0], pool.stride(0), *r.stride()[:2], *v.stride()[:2]),
-        **dict(H=H, G=G, N=N, D=D, **TILE, num_warps=4, num_stages=1),
+        **dict(H=H, G=G, N=N, D=D, **TILE, num_warps=4, num_stages=1, **registers(96, v.device)),
     )
     if tiles > 1:
         cut = dict(BT=64, BD=TILE["BD"], num_warps=2, num_stages=1)
