@@ -12,7 +12,8 @@ from test_expert_mlp import NAMES, TOLERANCE, compare, values_and_grads
 from torch.testing import assert_close
 
 from seqzoo.kernels.dispatch import choose, use_backend
-from seqzoo.kernels.expert_mlp import expert_mlp, gpu
+from seqzoo.kernels.expert_mlp import expert_mlp, gpu, grouped_product
+from seqzoo.kernels.expert_mlp.grouped import _one_by_one
 from seqzoo.kernels.expert_mlp.op import BACKENDS
 from seqzoo.kernels.gpu import recording
 from seqzoo.kernels.gpu.examples import on_meta
@@ -80,6 +81,25 @@ def test_permutation_kernels():
     assert_close(gpu.gate(gates.detach(), weight.detach(), order), want.detach())
     found = gpu.gate_backward(gates.detach(), weight.detach(), order, given)
     assert_close(found, (want.detach(), *torch.autograd.grad(want, (gates, weight), given)))
+
+
+@pytest.mark.parametrize("A, C, sizes", [(20, 70, [3, 0, 80, 1]), (130, 16, [0, 0, 5]), (64, 64, [64, 64])], ids=str)
+def test_grouped_products(A, C, sizes):
+    """Triton's beside a loop: experts without rows and with several tiles, widths that are no whole tiles."""
+    ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    rows, matrices, d = torch.randn(sum(sizes), A), torch.randn(len(sizes), C, A), torch.randn(sum(sizes), C)
+    assert_close(grouped_product.start_rows(rows, matrices, ends), _one_by_one(rows, matrices, ends))
+    assert_close(grouped_product.start_rows(d, matrices.mT, ends), _one_by_one(d, matrices.mT, ends))
+    found = grouped_product.start_matrices(d, rows, matrices, ends)
+    assert_close(found, grouped_product.matrices_gradient(d, rows, matrices, ends))
+    assert all((g == 0).all() for g, n in zip(found, sizes, strict=True) if n == 0)
+
+
+@pytest.mark.parametrize("load", ["few", "unaligned"])
+def test_is_the_definition_with_our_product(load, monkeypatch):
+    monkeypatch.setattr(grouped_product, "in_triton", lambda *_: True)
+    inputs = expert_mlp_inputs(**LOADS[load])
+    compare(values_and_grads(triton, inputs), values_and_grads(reference, inputs), **TOLERANCE[torch.float32])
 
 
 def test_the_same_in_any_batch():
@@ -225,8 +245,7 @@ def test_on_a_gpu(load, dtype):
     x, chosen, weight, gate_up, down = (t.clone().requires_grad_(t.is_floating_point()) for t in inputs)
     torch.manual_seed(1)
     cotangent = torch.randn(x.shape).to(dtype).cuda()
-    fast = dtype == torch.bfloat16 and gpu._can_group(x, down) and torch.cuda.get_device_capability() >= (9, 0)
-    torch.cuda.set_sync_debug_mode("error" if fast else "default")
+    torch.cuda.set_sync_debug_mode("error" if dtype == torch.bfloat16 else "default")  # fp32 is exact, by a loop
     try:
         y = triton(x, chosen, weight, gate_up, down)
         ours = [y, *torch.autograd.grad(y, (x, weight, gate_up, down), cotangent)]

@@ -1,8 +1,8 @@
-"""The experts' MLPs on a GPU: torch's grouped matrix product, and Triton for all that stands around it.
+"""The experts' MLPs on a GPU: a grouped matrix product, torch's where that is fast, and Triton for all around it.
 
-Slots are sorted by expert on the device, and nothing waits for it (where torch's product itself does not: bfloat16 on
-sm_90 and later). The weight is in what stands between the matrices, so that no row of width D is kept for backward:
-of the R = N k rows only the gates are, 2 I numbers each; the rest is gathered and computed again.
+Slots are sorted by expert on the device, and nothing waits for it. The weight is in what stands between the matrices,
+so that no row of width D is kept for backward: of the R = N k rows only the gates are, 2 I numbers each; the rest is
+gathered and computed again.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from seqzoo.kernels.expert_mlp.grouped import _can_group, _grouped, _one_by_one
+from seqzoo.kernels.expert_mlp import grouped_product
+from seqzoo.kernels.expert_mlp.grouped_product import matrices_gradient, product
 from seqzoo.kernels.gpu import launch, needs_gpu, tuned, usable
 
 MOST = 64  # slots per token, which kernels go through one by one
@@ -91,19 +92,6 @@ def gate_backward(gates: Tensor, weight: Tensor, order: Tensor, given: Tensor) -
     return between, d_gates, d_weight
 
 
-def product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
-    """rows [R, A], matrices [E, C, A] -> [R, C], each expert's rows by its own."""
-    return (_grouped if _can_group(rows, matrices) else _one_by_one)(rows, matrices, ends)
-
-
-def matrices_gradient(d: Tensor, rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
-    """Of `product`, for d [R, C]."""
-    if _can_group(rows, matrices):
-        return torch.nn.functional.grouped_mm(d.mT, rows, offs=ends)
-    parts = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    return torch.stack([a.mT @ b for a, b in zip(d.split(parts), rows.split(parts), strict=True)])
-
-
 @torch.library.custom_op("seqzoo::expert_mlp_triton", mutates_args=())
 def _differentiable(
     x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, keep: bool
@@ -172,6 +160,7 @@ _differentiable.register_autograd(_backward, setup_context=_remember)
 
 def examples(make: Callable) -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls that start the kernels in their shape classes; see `kernels/gpu/examples.py`."""
+    yield from grouped_product.examples(make)
     for N, k, D, I, dtype in (
         (4096, 10, 2048, 512, torch.bfloat16),
         (4096, 8, 1024, 256, torch.float32),
