@@ -14,7 +14,7 @@ from seqzoo.kernels.dispatch import choose, use_backend
 from seqzoo.kernels.gpu import recording
 from seqzoo.kernels.gpu.examples import on_meta
 from seqzoo.kernels.gpu.traffic import counting
-from seqzoo.kernels.ovq_attention import OVQRule, OVQState, gpu, ovq_attention
+from seqzoo.kernels.ovq_attention import OVQRule, OVQState, gpu, layout, ovq_attention
 from seqzoo.kernels.ovq_attention.op import BACKENDS
 from seqzoo.kernels.ovq_attention.read import InTurn
 
@@ -171,6 +171,22 @@ def test_traffic():
     read = rows * (2 * 32 + 4) + rows * (2 * 16 + 4) + (keys + 32) * 2 * 48 + 32 * 4
     assert counts["joint_read"].moved - 2 * 8 * 8 == read
     assert counts["joint_read"].flops == 2 * 3 * 64 * 64 * (32 + 16)  # three blocks of 64 rows and 64 keys
+
+
+def test_marks_are_looked_up_once(monkeypatch):
+    """For all layers with the same tensors; what changed in place, or has another chunk, is another thing."""
+    looked = []
+    whole = layout.documents
+    monkeypatch.setattr(layout, "documents", lambda *args: looked.append(args[1]) or whole(*args))
+    (q, k, v, scale), (starts, valid) = drawn(2, 14, 2, 1, 6, 5), marks(2, 14)
+    run = lambda chunk: BACKENDS["torch"](q, k, v, scale, OVQRule(chunk=chunk, slots=5), None, starts, valid)[0]
+    first, again = run(4), run(4)
+    assert torch.equal(first, again) and looked == [4]
+    run(3), run(4)
+    starts[0, 5] = True
+    changed = run(4)
+    assert looked == [4, 3, 4, 4]
+    assert_close(changed, BACKENDS["reference"](q, k, v, scale, OVQRule(chunk=4, slots=5), None, starts, valid)[0])
 
 
 def test_lengths_compile_once():

@@ -1,7 +1,8 @@
 """OVQ attention, a chunk of every document at a time, in torch on any device.
 
-Memory in training grows by N (K + V) / C numbers a token and key head, never by [T, N] scores. Where a state, packed
-documents or padding come in, the host waits once to know their places; the chunks themselves never wait.
+Memory in training grows by N (K + V) / C numbers a token and key head, never by [T, N] scores. Where a state comes
+in, the host waits to know its length, and for packed documents or padding once for all layers that get the same marks;
+the chunks themselves never wait.
 
 A documents at work   G key heads   H = r G query heads   L new tokens   C tokens of the chunk   M slots in use
 """
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from seqzoo.kernels.ovq_attention.layout import Document, layout
+from seqzoo.kernels.ovq_attention.layout import Document, layout, sent
 from seqzoo.kernels.ovq_attention.read import InTurn, column
 from seqzoo.kernels.ovq_attention.rule import OVQRule, OVQState
 
@@ -65,12 +66,12 @@ def _before(found: Sequence[Document], state: OVQState | None, kv: Tensor, dtype
     memory, counts = (_rows(x.to(dtype), [d.row for d in found]) for x in state[:2])
     if all(d.merged for d in found):
         return memory, counts
-    new = torch.tensor([d.merged == 0 for d in found], device=kv.device)[:, None, None]
+    new = sent([d.merged == 0 for d in found], kv.device)[:, None, None]
     return memory.masked_fill(new[..., None], 0.0), counts.masked_fill(new, 0.0)
 
 
 def _rows(x: Tensor, rows: Sequence[int]) -> Tensor:
-    return x if rows == list(range(len(x))) else x.index_select(0, torch.tensor(rows, device=x.device))
+    return x if rows == list(range(len(x))) else x.index_select(0, sent(rows, x.device))
 
 
 class _Ended:
@@ -91,13 +92,13 @@ class _Ended:
     def state(self, past: OVQState, kv: Tensor, seen: Sequence[int], rule: OVQRule) -> OVQState:
         """After the call; rows of nothing but padding stay. kv [B, C - 1 + T, G, K + V]: what was pending, and came."""
         tokens = {d.row: d.merged + d.pending + d.end - d.begin for d in self.found if d.end == self.T}
-        tokens = torch.tensor([tokens.get(row, before) for row, before in enumerate(seen)], device=kv.device)
+        tokens = sent([tokens.get(row, before) for row, before in enumerate(seen)], kv.device)
         pending, idle = kv[:, self.T :], [row for row in range(len(kv)) if row not in self.rows]
         if idle:
             self.rows += idle
             self.memory.append(past.memory[idle].to(self.memory[0].dtype))
             self.counts.append(past.counts[idle].to(self.counts[0].dtype))
-            pending = pending.index_copy(0, torch.tensor(idle, device=kv.device), kv[idle, : rule.chunk - 1])
+            pending = pending.index_copy(0, sent(idle, kv.device), kv[idle, : rule.chunk - 1])
         order = sorted(range(len(kv)), key=self.rows.__getitem__)
         room = [rule.slots - x.shape[2] for x in self.counts]
         memory = torch.cat([F.pad(x, (0, 0, 0, n)) if n else x for x, n in zip(self.memory, room, strict=True)])
@@ -174,7 +175,7 @@ def _assign(k: Tensor, slots: Tensor, counts: Tensor, merged: list[int], rule: O
         rank = torch.empty_like(place).scatter_(-1, order, place)
         slot = torch.where(rank < column(new, device), rank + column(used, device), slot)
     if not all(merged):
-        first = torch.tensor([t == 0 for t in merged], device=device)[:, None, None]
+        first = sent([t == 0 for t in merged], device)[:, None, None]
         slot = torch.where(first, _assign_first(k @ k.mT, rule.used(C), rule, read), slot)
     return slot
 

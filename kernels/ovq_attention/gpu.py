@@ -62,7 +62,7 @@ class Together:
 
     def rows(self) -> Tensor:
         sizes = [x.shape[2] for x in self.memories]
-        table = sent(torch.tensor(jobs(self.plan, sizes, self.rule)), self.q.device)
+        table = sent(jobs(self.plan, sizes, self.rule), self.q.device)
         (_, G, _), (_, H, _) = self.plan.tokens.sizes[0], self.plan.queries.sizes[0]
         longest = max(L for *_, L in self.plan.queries.sizes)
         widest = max(max(sizes), max(C for *_, C in self.plan.tokens.sizes))

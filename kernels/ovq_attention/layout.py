@@ -4,6 +4,7 @@ Documents know nothing of each other, so all of them are worked on at once, the 
 each that has one, and so on. They are sorted by their number of chunks: those at work are always the first so many.
 """
 
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -62,6 +63,25 @@ def documents(
     return sorted(found, key=lambda d: (-d.writes, -d.pieces, d.row))  # both fall
 
 
+_last: tuple[tuple, list[weakref.ref], list[Document]] | None = None
+
+
+def known_documents(
+    T: int, chunk: int, seen: Sequence[int], starts: Tensor | None, valid: Tensor | None, keep: bool
+) -> list[Document]:
+    """`documents`, looked up once for all layers that get the same tensors: a GPU must be waited for."""
+    global _last
+    marks = [x for x in (starts, valid) if x is not None]
+    if not marks or torch.compiler.is_compiling() or any(x.is_inference() for x in marks):
+        return documents(T, chunk, seen, starts, valid, keep)
+    key = T, chunk, tuple(seen), starts is None, valid is None, keep, *(x._version for x in marks)
+    if _last is not None and _last[0] == key and all(a() is b for a, b in zip(_last[1], marks, strict=True)):
+        return _last[2]
+    found = documents(T, chunk, seen, starts, valid, keep)
+    _last = key, [weakref.ref(x) for x in marks], found
+    return found
+
+
 def steps(found: Sequence[Document], chunk: int) -> list[Step]:
     plan = []
     for s in range(found[0].pieces if found else 0):
@@ -112,7 +132,7 @@ def layout(
 ) -> Layout:
     """Of a call with q [B, T, H, ...] and kv [B, S, G, ...]. seen, keep: see `documents`."""
     (B, T), S = q.shape[:2], kv.shape[1]
-    found = documents(T, chunk, seen, starts, valid, keep)
+    found = known_documents(T, chunk, seen, starts, valid, keep)
     plan = steps(found, chunk)
     queries, tokens = [], []  # of each step its pieces: the first token in the batch, and the length
     for s, step in enumerate(plan):
@@ -152,8 +172,9 @@ def places(steps: Sequence[Sequence[tuple[int, int]]], tokens: int, H: int, devi
     )
 
 
-def sent(x: Tensor, device: torch.device) -> Tensor:
-    """x, made on the host, on the device; a GPU is not waited for."""
+def sent(values: Sequence | Tensor, device: torch.device) -> Tensor:
+    """What the host knows, on the device; a GPU is not waited for."""
+    x = torch.as_tensor(values)
     if device.type != "cuda" or torch.compiler.is_compiling():
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)

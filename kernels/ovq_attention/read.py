@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from seqzoo.kernels.ovq_attention.layout import Layout, Step
+from seqzoo.kernels.ovq_attention.layout import Layout, Step, sent
 from seqzoo.kernels.ovq_attention.rule import OVQRule
 
 
@@ -58,7 +58,7 @@ def column(values: Sequence[int], device: torch.device) -> int | Tensor:
     """A number for each document: one for all, or [A, 1, 1]."""
     if all(x == values[0] for x in values):
         return values[0]
-    return torch.tensor(values, device=device)[:, None, None]
+    return sent(values, device)[:, None, None]
 
 
 def _read(q: Tensor, memory: Tensor, counts: Tensor, chunk: Tensor, scale: Tensor, step: Step, rule: OVQRule) -> Tensor:
