@@ -35,6 +35,7 @@ OP = "gated_delta_rule"
 WIDEST = 256  # K and V
 MULTIPROCESSORS = dict(sm_80=108, sm_86=84, sm_90=132, sm_100=148, gfx942=304)
 TOKENS = 32768  # that a device is taken to have at once: shorter sequences come in batches, and fill it by themselves
+CHAINED = 128  # K of a move [K, K] in fp32 that shared memory can hold
 SHORTEST = 16  # chunks a part has at least
 _parts: int | None = None  # in place of what `_split` would say
 
@@ -121,12 +122,14 @@ def _call(q: Tensor, k: Tensor, v: Tensor) -> _Call:
     (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
     C = tuned(OP, "chunk", v.device, v.dtype, K=K, V=V)["C"]
     rows = tuple(x.stride(1) if x.shape[1] > 1 else x.stride(0) for x in (q, k, v))
-    return _Call(B, T, H, HV, K, V, C, _split(T, HV, V, C, arch(v.device)), rows, v)
+    return _Call(B, T, H, HV, K, V, C, _split(T, HV, K, V, C, arch(v.device)), rows, v)
 
 
-def _split(T: int, HV: int, V: int, C: int, arch: str) -> int:
+def _split(T: int, HV: int, K: int, V: int, C: int, arch: str) -> int:
     """Into how many parts the serial kernels cut a sequence: 1, or 4 and more."""
     chunks = -(-T // C)
+    if K > CHAINED:
+        return 1
     wanted = _parts
     if wanted is None:
         programs = max(1, TOKENS // T) * HV * -(-V // 64)
@@ -252,12 +255,14 @@ def backward(
     )
     d_q, d_k, d_v, d_g, d_beta = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta))
     grouped = call.HV > call.H
+    config = call.config("gradients")
+    config["BK"] = min(config["BK"], _padded(call.K))
     by_head = [x.new_empty(*v.shape[:3], call.K) if grouped else x for x in (d_q, d_k)]
     call.start(
         gpu_gradients._gradients,
         n * call.chunks,
         *(q, k, v, g, beta, starts, d_o, states, Z, d_states, E, *by_head, d_v, d_g, d_beta, call.T, call.chunks),
-        **call.config("gradients"),
+        **config,
     )
     if grouped:
         blocks = -(-d_q.numel() // 1024)

@@ -22,97 +22,127 @@ def _gradients(
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one value head; d_q and d_k are [B, T, HV, K]. They are made transposed, K rows for many warps."""
+    """One chunk of one value head; d_q and d_k are [B, T, HV, K]. First what is [C, C], then BK columns after others.
+
+    What is as wide as K is made transposed, so that its rows suffice for many warps.
+    """
     pid = tl.program_id(0).to(tl.int64)
     n, b, head = pid % N, pid // N // HV, pid // N % HV
     h, chunk, first = head // (HV // H), (b * HV + head) * N + n, b * T + n * C
-    c, w = tl.arange(0, C), tl.arange(0, BK)
+    q_ptr += first * Q_ROW + h * K
+    k_ptr += first * K_ROW + h * K
+    v_ptr += first * V_ROW + head * V
+    d_o_ptr += (first * HV + head) * V
+    d_v_ptr += (first * HV + head) * V
+    d_q_ptr += (first * HV + head) * K
+    d_k_ptr += (first * HV + head) * K
+    Z_ptr += chunk * (C * V)
+    E_ptr += chunk * (C * V)
+    c = tl.arange(0, C)
     inside, last = n * C + c < T, tl.minimum(C, T - n * C) - 1
     row = tl.minimum(c, last)  # what comes after the last token is read as that, and has no weight
     begins, document = documents(starts_ptr, first, inside, C)
     at = first * HV + head + c * HV
     coarse, fine, e, f = decays(g_ptr + at, inside, begins, document, C)
     beta = tl.load(beta_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    in_k, in_kt = inside[:, None] & (w[None, :] < K), inside[None, :] & (w[:, None] < K)
-    q = tl.load(q_ptr + first * Q_ROW + h * K + (row[:, None] * Q_ROW + w[None, :]), mask=in_k, other=0.0).to(DOT)
-    k = tl.load(k_ptr + first * K_ROW + h * K + (row[:, None] * K_ROW + w[None, :]), mask=in_k, other=0.0).to(DOT)
 
-    d_q, faced = tl.full([BK, C], 0.0, tl.float32), tl.full([BK, C], 0.0, tl.float32)
-    fades = 0.0
+    W, L = tl.full([C, C], 0.0, tl.float32), tl.full([C, C], 0.0, tl.float32)
+    d_beta = tl.full([C], 0.0, tl.float32)
     for begin in range(0, V, BV):
         x = begin + tl.arange(0, BV)
-        in_v, in_m = (x < V)[None, :], (x[:, None] < V) & (w[None, :] < K)
-        at_m = chunk * (V * K) + (x[:, None] * K + w[None, :])
-        at_o = first * (HV * V) + head * V + (row[:, None] * (HV * V) + x[None, :])
-        S = tl.load(states_ptr + at_m, mask=in_m, other=0.0)
-        d_M = tl.load(d_states_ptr + at_m, mask=in_m, other=0.0)
-        fades += tl.sum(S.to(tl.float32) * d_M.to(tl.float32))
-        d_o = e[:, None] * tl.load(d_o_ptr + at_o, mask=in_v, other=0.0)
-        E = tl.load(E_ptr + chunk * (C * V) + (c[:, None] * V + x[None, :]), mask=in_v, other=0.0)
-        d_q = tl.dot(tl.trans(S), tl.trans(d_o.to(DOT)), acc=d_q, input_precision=PRECISION)
-        faced = tl.dot(tl.trans(S), tl.trans(E), acc=faced, input_precision=PRECISION)
-    # again and transposed, for the sums of rows: in registers throughout they would be too many
-    kt = tl.load(k_ptr + first * K_ROW + h * K + (row[None, :] * K_ROW + w[:, None]), mask=in_kt, other=0.0)
-    erased = e * tl.sum(faced * kt.to(tl.float32), 0)
-    d_k = -(e * beta)[None, :] * faced
-    qt = tl.load(q_ptr + first * Q_ROW + h * K + (row[None, :] * Q_ROW + w[:, None]), mask=in_kt, other=0.0)
-    d_total = tl.sum(d_q * qt.to(tl.float32), 0) - beta * erased
-    keep = tl.sum(tl.where(c == last, e, 0.0), 0)
-    d_opening = tl.sum(d_total, 0) + keep * fades  # of the first g, which only the memory from before feels
-
-    d_P = tl.full([C, C], 0.0, tl.float32)
-    for begin in range(0, V, BV):
-        x = begin + tl.arange(0, BV)
-        at_o = first * (HV * V) + head * V + (row[:, None] * (HV * V) + x[None, :])
-        d_o = tl.load(d_o_ptr + at_o, mask=(x < V)[None, :], other=0.0).to(DOT)
-        Z = tl.load(Z_ptr + chunk * (C * V) + (c[:, None] * V + x[None, :]), mask=(x < V)[None, :], other=0.0)
-        d_P = tl.dot(d_o, tl.trans(Z), acc=d_P, input_precision=PRECISION)
-    d_P *= fading(coarse, fine, document, C)
-    read_log = d_P * tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    d_total += tl.sum(read_log, 1) - tl.sum(read_log, 0)
-    d_q = tl.dot(tl.trans(k), tl.trans(d_P.to(DOT)), acc=d_q, input_precision=PRECISION)
-    d_k = tl.dot(tl.trans(q), d_P.to(DOT), acc=d_k, input_precision=PRECISION)
-    at_k = (first * HV + head) * K + (c[:, None] * (HV * K) + w[None, :])
-    tl.store(d_q_ptr + at_k, tl.trans(d_q).to(d_q_ptr.dtype.element_ty), mask=in_k)
-
-    carry = tl.full([BK, C], 0.0, tl.float32)
-    for begin in range(0, V, BV):
-        x = begin + tl.arange(0, BV)
-        in_m = (x[:, None] < V) & (w[None, :] < K)
-        d_M = tl.load(d_states_ptr + chunk * (V * K) + (x[:, None] * K + w[None, :]), mask=in_m, other=0.0)
-        Z = tl.load(Z_ptr + chunk * (C * V) + (c[:, None] * V + x[None, :]), mask=(x < V)[None, :], other=0.0)
-        carry = tl.dot(tl.trans(d_M), tl.trans(Z), acc=carry, input_precision=PRECISION)
-    kt = tl.load(k_ptr + first * K_ROW + h * K + (row[None, :] * K_ROW + w[:, None]), mask=in_kt, other=0.0)
-    d_f = f * tl.sum(carry * kt.to(tl.float32), 0)
-    d_total += tl.where(c == last, tl.sum(d_f, 0) + keep * fades, 0.0) - d_f
-    d_k += f[None, :] * carry
-
-    W, d_beta = tl.full([C, C], 0.0, tl.float32), -erased
-    for begin in range(0, V, BV):
-        x = begin + tl.arange(0, BV)
-        in_v, at_z = (x < V)[None, :], chunk * (C * V) + (c[:, None] * V + x[None, :])
-        E = tl.load(E_ptr + at_z, mask=in_v, other=0.0)
-        Z = tl.load(Z_ptr + at_z, mask=in_v, other=0.0)
+        in_v = (x < V)[None, :]
+        E = tl.load(E_ptr + (c[:, None] * V + x[None, :]), mask=in_v, other=0.0)
+        Z = tl.load(Z_ptr + (c[:, None] * V + x[None, :]), mask=in_v, other=0.0)
         W = tl.dot(E, tl.trans(Z), acc=W, input_precision=PRECISION)
-        v = tl.load(v_ptr + first * V_ROW + head * V + (row[:, None] * V_ROW + x[None, :]), mask=in_v, other=0.0)
+        v = tl.load(v_ptr + (row[:, None] * V_ROW + x[None, :]), mask=in_v, other=0.0)
         d_beta += tl.sum(E.to(tl.float32) * v.to(tl.float32), 1)
         d_v = (beta[:, None] * E.to(tl.float32)).to(d_v_ptr.dtype.element_ty)
-        at_o = first * (HV * V) + head * V + (c[:, None] * (HV * V) + x[None, :])
-        tl.store(d_v_ptr + at_o, d_v, mask=inside[:, None] & in_v)
+        tl.store(d_v_ptr + (c[:, None] * (HV * V) + x[None, :]), d_v, mask=inside[:, None] & in_v)
+    for begin in range(0, K, BK):
+        w = begin + tl.arange(0, BK)
+        in_k = inside[:, None] & (w[None, :] < K)
+        k = tl.load(k_ptr + (row[:, None] * K_ROW + w[None, :]), mask=in_k, other=0.0).to(DOT)
+        L = tl.dot(k, tl.trans(k), acc=L, input_precision=PRECISION)
     W *= tl.where(c[:, None] > c[None, :], fading(coarse, fine, document, C), 0.0)
-    erased_log = W * tl.dot(k, tl.trans(k), input_precision=PRECISION)  # L * W
-    d_beta -= tl.sum(erased_log, 1)
-    d_total += tl.sum(beta[:, None] * erased_log, 0) - beta * tl.sum(erased_log, 1)
+    L *= W
+    d_beta -= tl.sum(L, 1)
+    d_total = tl.sum(beta[:, None] * L, 0) - beta * tl.sum(L, 1)
     d_L = (-beta[:, None] * W).to(DOT)
-    d_k = tl.dot(tl.trans(k), d_L, acc=d_k, input_precision=PRECISION)
-    d_k = tl.dot(tl.trans(k), tl.trans(d_L), acc=d_k, input_precision=PRECISION)
-    tl.store(d_k_ptr + at_k, tl.trans(d_k).to(d_k_ptr.dtype.element_ty), mask=in_k)
 
+    d_P, P = tl.full([C, C], 0.0, tl.float32), tl.full([C, C], 0.0, tl.float32)
+    for begin in range(0, V, BV):
+        x = begin + tl.arange(0, BV)
+        in_v = (x < V)[None, :]
+        d_o = tl.load(d_o_ptr + (row[:, None] * (HV * V) + x[None, :]), mask=in_v, other=0.0).to(DOT)
+        Z = tl.load(Z_ptr + (c[:, None] * V + x[None, :]), mask=in_v, other=0.0)
+        d_P = tl.dot(d_o, tl.trans(Z), acc=d_P, input_precision=PRECISION)
+    for begin in range(0, K, BK):
+        w = begin + tl.arange(0, BK)
+        in_k = inside[:, None] & (w[None, :] < K)
+        q = tl.load(q_ptr + (row[:, None] * Q_ROW + w[None, :]), mask=in_k, other=0.0).to(DOT)
+        k = tl.load(k_ptr + (row[:, None] * K_ROW + w[None, :]), mask=in_k, other=0.0).to(DOT)
+        P = tl.dot(q, tl.trans(k), acc=P, input_precision=PRECISION)
+    d_P *= fading(coarse, fine, document, C)
+    P *= d_P
+    d_total += tl.sum(P, 1) - tl.sum(P, 0)
+    d_P = d_P.to(DOT)
+
+    # of all columns: e (K . H) with a minus; what g's running sum gets; and parts of it summed over the tokens
+    erased, d_sum = tl.full([C], 0.0, tl.float32), tl.full([C], 0.0, tl.float32)
+    fades, d_opening, d_end = 0.0, 0.0, 0.0
+    for begin_k in range(0, K, BK):
+        w = begin_k + tl.arange(0, BK)
+        in_k, in_kt = inside[:, None] & (w[None, :] < K), inside[None, :] & (w[:, None] < K)
+        d_q, faced = tl.full([BK, C], 0.0, tl.float32), tl.full([BK, C], 0.0, tl.float32)
+        for begin in range(0, V, BV):
+            x = begin + tl.arange(0, BV)
+            in_v, in_m = (x < V)[None, :], (x[:, None] < V) & (w[None, :] < K)
+            at_m = chunk * (V * K) + (x[:, None] * K + w[None, :])
+            S = tl.load(states_ptr + at_m, mask=in_m, other=0.0)
+            fades += tl.sum(S.to(tl.float32) * tl.load(d_states_ptr + at_m, mask=in_m, other=0.0).to(tl.float32))
+            d_o = e[:, None] * tl.load(d_o_ptr + (row[:, None] * (HV * V) + x[None, :]), mask=in_v, other=0.0)
+            E = -e[:, None] * tl.load(E_ptr + (c[:, None] * V + x[None, :]), mask=in_v, other=0.0)
+            d_q = tl.dot(tl.trans(S), tl.trans(d_o.to(DOT)), acc=d_q, input_precision=PRECISION)
+            faced = tl.dot(tl.trans(S), tl.trans(E.to(DOT)), acc=faced, input_precision=PRECISION)
+        # k and q once more at each use: in registers throughout they would be too many
+        kt = tl.load(k_ptr + (row[None, :] * K_ROW + w[:, None]), mask=in_kt, other=0.0).to(tl.float32)
+        part = tl.sum(faced * kt, 0)
+        erased += part
+        qt = tl.load(q_ptr + (row[None, :] * Q_ROW + w[:, None]), mask=in_kt, other=0.0).to(tl.float32)
+        part = tl.sum(d_q * qt, 0) + beta * part
+        d_opening += tl.sum(part, 0)
+        d_sum += part
+        k = tl.load(k_ptr + (row[:, None] * K_ROW + w[None, :]), mask=in_k, other=0.0).to(DOT)
+        d_q = tl.dot(tl.trans(k), tl.trans(d_P), acc=d_q, input_precision=PRECISION)
+        at_k = c[:, None] * (HV * K) + w[None, :]
+        tl.store(d_q_ptr + at_k, tl.trans(d_q).to(d_q_ptr.dtype.element_ty), mask=in_k)
+
+        carry = tl.full([BK, C], 0.0, tl.float32)
+        for begin in range(0, V, BV):
+            x = begin + tl.arange(0, BV)
+            in_v, in_m = (x < V)[None, :], (x[:, None] < V) & (w[None, :] < K)
+            d_M = tl.load(d_states_ptr + chunk * (V * K) + (x[:, None] * K + w[None, :]), mask=in_m, other=0.0)
+            Z = f[:, None] * tl.load(Z_ptr + (c[:, None] * V + x[None, :]), mask=in_v, other=0.0)
+            carry = tl.dot(tl.trans(d_M), tl.trans(Z.to(DOT)), acc=carry, input_precision=PRECISION)
+        kt = tl.load(k_ptr + (row[None, :] * K_ROW + w[:, None]), mask=in_kt, other=0.0).to(tl.float32)
+        part = tl.sum(carry * kt, 0)
+        d_end += tl.sum(part, 0)
+        d_sum -= part
+        d_k = carry + beta[None, :] * faced
+        q = tl.load(q_ptr + (row[:, None] * Q_ROW + w[None, :]), mask=in_k, other=0.0).to(DOT)
+        d_k = tl.dot(tl.trans(q), d_P, acc=d_k, input_precision=PRECISION)
+        k = tl.load(k_ptr + (row[:, None] * K_ROW + w[None, :]), mask=in_k, other=0.0).to(DOT)
+        d_k = tl.dot(tl.trans(k), d_L, acc=d_k, input_precision=PRECISION)
+        d_k = tl.dot(tl.trans(k), tl.trans(d_L), acc=d_k, input_precision=PRECISION)
+        tl.store(d_k_ptr + at_k, tl.trans(d_k).to(d_k_ptr.dtype.element_ty), mask=in_k)
+
+    fades *= tl.sum(tl.where(c == last, e, 0.0), 0)
+    d_total += d_sum + tl.where(c == last, d_end + fades, 0.0)
+    d_opening += fades  # of the first g, which only the memory from before feels
     from_here = (c[:, None] >= c[None, :]) & (document[:, None] == document[None, :])  # to the document's end
     d_g = tl.where(c == 0, d_opening, tl.sum(tl.where(from_here, d_total[:, None], 0.0), 0))
-    d_g = tl.where(begins, 0.0, d_g)
-    tl.store(d_g_ptr + at, d_g.to(d_g_ptr.dtype.element_ty), mask=inside)
-    tl.store(d_beta_ptr + at, d_beta.to(d_beta_ptr.dtype.element_ty), mask=inside)
+    tl.store(d_g_ptr + at, tl.where(begins, 0.0, d_g).to(d_g_ptr.dtype.element_ty), mask=inside)
+    tl.store(d_beta_ptr + at, (d_beta + erased).to(d_beta_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["SIZE"])
