@@ -141,7 +141,7 @@ def claims_table(found: dict[str, list[dict]], claims: list[list[str]]) -> list[
             continue
         pairs = list(zip(found[one], found[other], strict=True))
         for kind, losses in found[one][0]["attacked"].items():
-            for amount in losses:
+            for amount in losses if kind != "noise" else ():  # whose rises are too small to be divided by
                 ups = [(rise(a, kind, amount), rise(b, kind, amount)) for a, b in pairs]
                 shares = [(up / a["clean"], to / b["clean"]) for (up, to), (a, b) in zip(ups, pairs, strict=True)]
                 held = (f"{sum(up < to for up, to in both)} of {len(both)} seeds" for both in (ups, shares))
@@ -159,6 +159,7 @@ def draw(figure, found: dict[str, list[dict]]) -> None:
                 axes.plot([float(a) for a in amounts], rises, label=f"{model}: {kind}", **style, linestyle=dashes)
         axes.set(xscale="log", ylabel="rise of the loss [bits per byte]")
         axes.set_yscale("symlog", linthresh=0.01)
+        axes.set_ylim(bottom=-0.001)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     embeddings, text = figure.axes

@@ -14,7 +14,8 @@ mostly one number added to all channels, so g begins small, for y at the scale o
 The channel is monotone; the model is not: the block norms x before it (x / rms(x) is not monotone in x), and attention
 knows no order. That is the setting reported: Cooper et al. 2026, arXiv 2602.02686, make the feed-forward sublayers of
 pretrained sequence-to-sequence transformers monotone, leave attention as it is, and report that attacks on a summariser
-succeed in 19 % of cases, down from 69 %. Nothing of it was tried here; the scales above are ours.
+succeed in 19 % of cases, down from 69 %. In a small causal model taught from scratch it did not help: see
+experiments/README.md. The scales above are ours.
 With relu or softplus y is also convex in x (Amos et al. 2016, arXiv 1609.07152), with sigmoid or tanh it need not be.
 Monotone by the signs of weights: Sill 1998, "Monotonic networks". Order holds up to rounding: in 16 bits, nearly.
 """
