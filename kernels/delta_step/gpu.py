@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from seqzoo.kernels.gpu import launch, tuned
+from seqzoo.kernels.gpu.pool import registers
 
 
 def delta_step_triton(
@@ -36,7 +37,7 @@ def delta_step_triton(
     y = qkv.new_empty(B, T, HV, V)
     BK, BO, BW = (1 << (n - 1).bit_length() for n in (K, V, W))
     cut = tuned("delta_step", "step", qkv.device, qkv.dtype, K=K)
-    cut = cut | dict(BV=min(cut["BV"], BO))
+    cut = cut | dict(BV=min(cut["BV"], BO)) | registers(255, qkv.device)
     read = y if y.dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)  # before the norm
     launch(
         delta_steps,
