@@ -198,6 +198,14 @@ def test_compiles():
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_nothing_is_wrapped_around_what_is_compiled():
+    """The type checks of tests cannot be traced, on a GPU neither."""
+    traced = [flex._flex, *(getattr(masks, name) for name in ("block_mask", "seen_by", "blocks", "extremes", "listed"))]
+    assert not any(hasattr(f, "__wrapped__") for f in traced)
+    seen = masks.seen_by(3, 3, None, None, None, 0, torch.device("cpu"))
+    assert not hasattr(seen, "__wrapped__")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -3,10 +3,13 @@
 A block is in `partial` where some of its pairs may be seen (the mask itself then says which), and in `full` where all
 are. Everything happens on the device; nothing waits for it.
 
+No type is checked here: torch.compile traces these functions, and cannot trace a checker.
+
 B batch, 1 where all rows are alike   M blocks of queries   N blocks of keys
 """
 
 from collections.abc import Callable
+from typing import no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask
 BLOCK = 128  # queries, and keys: flex_attention's own default
 
 
+@no_type_check
 def block_mask(
     T: int,
     S: int,
@@ -44,6 +48,7 @@ def block_mask(
     )
 
 
+@no_type_check
 def seen_by(
     T: int,
     S: int,
@@ -56,7 +61,7 @@ def seen_by(
     """The mask of single pairs, as flex_attention asks for it."""
     if T == S:
         distance = torch.sub
-    elif S - T == sinks:
+    elif sinks == S - T:
         distance = lambda i, j: i + sinks - j
     else:  # a number that changes with every call is read, not compiled in
         ahead = torch.full((), S - T, dtype=torch.int32, device=device)
@@ -75,6 +80,7 @@ def seen_by(
     return seen
 
 
+@no_type_check
 def blocks(
     T: int,
     S: int,
@@ -106,6 +112,7 @@ def blocks(
     return (some & ~all_)[:, None], all_[:, None]
 
 
+@no_type_check
 def extremes(document: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of each block of document [B, length]: the least number, the largest, and whether all have one; [B, blocks]."""
     tiles = F.pad(document, (0, -document.shape[1] % BLOCK), value=-1).unflatten(1, (-1, BLOCK))
@@ -113,6 +120,7 @@ def extremes(document: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tiles.where(some, torch.iinfo(document.dtype).max).amin(-1), tiles.amax(-1), some.all(-1)
 
 
+@no_type_check
 def listed(there: Tensor) -> tuple[Tensor, Tensor]:
     """there [..., rows, columns] -> how many of each row [..., rows] and which, in order, then the others; int32."""
     order = there.to(torch.int8).argsort(dim=-1, descending=True, stable=True)

@@ -8,6 +8,8 @@ Without a GPU nothing is compiled: a check of the masks, with T x S scores.
 import inspect
 from collections.abc import Callable
 from functools import cache
+from types import FunctionType
+from typing import no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ from seqzoo.kernels.causal_attention.blocked import _same, _sinks_and, _softmax
 FEW = 16  # queries that share one mask over their keys
 NARROW, WIDE = 16, 256  # head widths that flex_attention's kernels take
 OPTIONS = dict(FORCE_USE_FLEX_ATTENTION=True)  # not the kernel whose sums are split by the size of the batch
-LIMITS = dict(isolate_recompiles=True, recompile_limit=32)  # of torch.compile, where it knows them
+LIMITS = dict(recompile_limit=32)  # of torch.compile, where it knows that
 
 
 def takes(q: Tensor, v: Tensor) -> bool:
@@ -67,11 +69,13 @@ def causal_attention_flex(
 
 @cache
 def _compiled(window: int | None, sinks: int, square: bool, packed: bool) -> Callable[..., Tensor]:
-    """One of its own for each kind of mask, so that the kinds do not use up each other's recompilations."""
+    """One of its own for each kind of mask: torch.compile counts recompilations by code object, up to a limit."""
     known = inspect.signature(torch.compile).parameters
-    return torch.compile(_flex, fullgraph=True, **{name: x for name, x in LIMITS.items() if name in known})
+    own = FunctionType(_flex.__code__.replace(), _flex.__globals__)
+    return torch.compile(own, fullgraph=True, **{name: x for name, x in LIMITS.items() if name in known})
 
 
+@no_type_check  # it is traced
 def _flex(
     q: Tensor,
     k: Tensor,
