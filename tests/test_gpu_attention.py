@@ -29,7 +29,12 @@ MASKED = [
     *("documents, past, window", "sinks and a wider window", "sinks and past", "sinks, past, window"),
     *("sinks, documents in a window", "sinks among the queries", "one key head of nine, past"),
 ]
+COMPILED = [  # on a GPU, where every kind of mask takes seconds to compile
+    *("window 100", "past in a window", "documents, past, window", "sinks, documents in a window", "as in training"),
+]
+COMPILED_EXACT = [("documents in a window", torch.float32), ("as in training", torch.float32)]
 OURS = {
+    "as in training": (2, 4, 2, 500, 500, 64, 64, 200, 150),
     "past, short": (2, 4, 2, 96, 100, 6, 5, None, None, 4),
     "sinks, some queries": (1, 4, 2, 15, 300, 16, 24, 50, None, 100),
     "one key head of nine, past": (1, 9, 1, 45, 60, 8, 6, None, None),
@@ -208,8 +213,9 @@ def test_nothing_is_wrapped_around_what_is_compiled():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@shapes
+@pytest.mark.parametrize(
+    "shape, dtype", [(x, torch.bfloat16) for x in PLAIN + FEW + COMPILED] + COMPILED_EXACT, ids=str
+)
 def test_on_a_gpu(shape, dtype):
     """The compiled kernels, forward and backward, beside the definition in float64; nothing waits for the device."""
     inputs, seen = case(shape, dtype)
@@ -217,11 +223,11 @@ def test_on_a_gpu(shape, dtype):
     cotangent = torch.randn(B, H, T, V).to(dtype)
     truth = values_and_grads("reference", [x.double() for x in inputs], seen, cotangent.double())
     seen = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in seen.items()}
-    inputs = [x.cuda() for x in inputs]
+    inputs, cotangent = [x.cuda() for x in inputs], cotangent.cuda()
     for mode in ("default", "error"):  # the second time all is compiled
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            ours = values_and_grads("flex", inputs, seen, cotangent.cuda())
+            ours = values_and_grads("flex", inputs, seen, cotangent)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     for name, a, b in zip(("o", "dq", "dk", "dv"), ours, truth, strict=True):
