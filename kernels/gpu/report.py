@@ -92,7 +92,8 @@ def described(op: str, example: str, arch: str, this: Launch) -> Job:
     for n, parameter in enumerate(this.kernel.params):
         value = values[parameter.name]
         kind = _kind(value)
-        if parameter.is_constexpr or value is None or (kind in ("i32", "i64") and value == 1):
+        one = kind in ("i32", "i64") and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or one:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         signature[parameter.name] = kind
