@@ -43,13 +43,13 @@ shapes = pytest.mark.parametrize("shape", [*PLAIN, *FEW, *MASKED])
 
 
 @pytest.fixture(autouse=True)
-def on_a_cpu(monkeypatch):
+def on_a_cpu(request, monkeypatch):
     """As on a GPU, but for the kernel: uncompiled, and with gradients, which torch refuses on a CPU."""
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
-        monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     for name, shape in OURS.items():
         monkeypatch.setitem(SHAPES, name, shape)
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
+        monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
 
 
 @shapes

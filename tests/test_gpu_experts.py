@@ -15,7 +15,7 @@ from seqzoo.kernels.dispatch import choose, use_backend
 from seqzoo.kernels.expert_mlp import expert_mlp, gpu, grouped_product
 from seqzoo.kernels.expert_mlp.grouped import _one_by_one
 from seqzoo.kernels.expert_mlp.op import BACKENDS
-from seqzoo.kernels.gpu import recording
+from seqzoo.kernels.gpu import recording, usable
 from seqzoo.kernels.gpu.examples import on_meta
 from seqzoo.kernels.gpu.traffic import counting
 
@@ -27,6 +27,14 @@ LOADS |= {
     "wide": dict(N=9, E=3, k=2, D=600, I=520),
 }
 loads = pytest.mark.parametrize("load", LOADS)
+pytestmark = pytest.mark.skipif(not usable(), reason="no triton")
+
+
+@pytest.fixture(autouse=True)
+def interpreted(request):
+    """On a GPU, only what is written for one."""
+    if torch.cuda.is_available() and request.node.get_closest_marker("gpu") is None:
+        pytest.skip("for Triton's interpreter")
 
 
 @loads

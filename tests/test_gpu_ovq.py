@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from seqzoo.kernels.dispatch import choose, use_backend
-from seqzoo.kernels.gpu import recording
+from seqzoo.kernels.gpu import recording, usable
 from seqzoo.kernels.gpu.examples import on_meta
 from seqzoo.kernels.gpu.traffic import counting
 from seqzoo.kernels.ovq_attention import OVQRule, OVQState, gpu, layout, ovq_attention
@@ -35,6 +35,16 @@ CASES = {
     "values beyond 128": (1, 9, 2, 1, 40, 144, "", dict(norm_correction=True)),
     "one chunk": (1, 7, 2, 1, 3, 5, "", dict(chunk=50)),
 }
+
+
+pytestmark = pytest.mark.skipif(not usable(), reason="no triton")
+
+
+@pytest.fixture(autouse=True)
+def interpreted(request):
+    """On a GPU, only what is written for one."""
+    if torch.cuda.is_available() and request.node.get_closest_marker("gpu") is None:
+        pytest.skip("for Triton's interpreter")
 
 
 def drawn(B, T, H, G, K, V, dtype=torch.float32):
