@@ -28,17 +28,19 @@ def _states(
         S = tl.full([BV, BK], 0.0, tl.float32)
     else:
         S = tl.load(first_ptr + x[:, None] * S_V + w[None, :] * S_K, mask=in_state, other=0.0).to(tl.float32)
+    at_m = x[:, None] * K + w[None, :]
+    tl.store(states_ptr + (memory * N + begin) * (V * K) + at_m, S.to(states_ptr.dtype.element_ty), mask=in_state)
     for n in range(begin, end):
         first, chunk, last = b * T + n * C, memory * N + n, tl.minimum(C, T - n * C) - 1
         row = tl.minimum(c, last)[:, None]
         k = tl.load(k_ptr + first * K_ROW + h * K + (row * K_ROW + w[None, :]), mask=in_k, other=0.0).to(DOT)
         v = tl.load(v_ptr + first * V_ROW + head * V + (row * V_ROW + x[None, :]), mask=in_v, other=0.0)
-        at = chunk * (V * K) + (x[:, None] * K + w[None, :])
-        tl.store(states_ptr + at, S.to(states_ptr.dtype.element_ty), mask=in_state)
         Z = written(S, k, tl.trans(v), A_ptr, e_ptr, b_ptr, chunk, C, DOT, PRECISION)
+        at_z = chunk * (C * V) + (c[:, None] * V + x[None, :])
+        tl.store(Z_ptr + at_z, tl.trans(Z).to(Z_ptr.dtype.element_ty), mask=in_v)
         S = after(S, Z, k, e_ptr, f_ptr, chunk, last, C, DOT, PRECISION)
-        Z = tl.trans(Z).to(Z_ptr.dtype.element_ty)
-        tl.store(Z_ptr + chunk * (C * V) + (c[:, None] * V + x[None, :]), Z, mask=in_v)
+        next_state = (x[:, None] < tl.where(n + 1 < end, V, 0)) & (w[None, :] < K)
+        tl.store(states_ptr + (chunk + 1) * (V * K) + at_m, S.to(states_ptr.dtype.element_ty), mask=next_state)
 
 
 @triton.jit
