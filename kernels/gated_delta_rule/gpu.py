@@ -329,8 +329,9 @@ def _remember(ctx, inputs, output):
 
 
 def _backward(ctx, d_o, d_last, *_):
-    *grads, d_state = _op_backward(d_o, d_last, *ctx.saved_tensors)
-    return *grads, None if ctx.saved_tensors[5] is None else d_state, None, None
+    saved = ctx.saved_tensors  # once: under checkpointing what is saved can be had once
+    *grads, d_state = _op_backward(d_o, d_last, *saved)
+    return *grads, None if saved[5] is None else d_state, None, None
 
 
 _op.register_autograd(_backward, setup_context=_remember)

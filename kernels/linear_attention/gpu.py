@@ -128,8 +128,9 @@ def _remember(ctx, inputs, output):
 
 
 def _backward(ctx, d_o, d_last):
-    grads = iter(_gradients(d_o, d_last, *ctx.saved_tensors))
-    return *(None if x is None else next(grads) for x in ctx.saved_tensors[:5]), None
+    saved = ctx.saved_tensors  # once: under checkpointing what is saved can be had once
+    grads = iter(_gradients(d_o, d_last, *saved))
+    return *(None if x is None else next(grads) for x in saved[:5]), None
 
 
 _differentiable.register_autograd(_backward, setup_context=_remember)
