@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from contextlib import contextmanager
 from inspect import unwrap
 
 import pytest
@@ -154,6 +155,27 @@ def test_first_slots(C, new):
     k = torch.randint(-2, 3, (2, 3, C, 4)).float()
     likeness = k @ k.mT
     assert torch.equal(gpu.farthest(likeness, new), InTurn.farthest(likeness, new))
+
+
+@torch.no_grad()
+def test_few_memories_wait_without_gradients(monkeypatch):
+    """Read in several pieces: the same bits, state too."""
+    inputs, rule, _ = setting("packed")
+    for how in ("", "packed"):
+        whole = everything("triton", inputs, rule, how, gradients=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu, "MANY", 20)
+            with recording_reads(patch) as reads:
+                pieces = everything("triton", inputs, rule, how, gradients=False)
+        assert len(reads) > 1
+        assert_close(pieces, whole, atol=0, rtol=0)
+
+
+@contextmanager
+def recording_reads(patch):
+    reads, read = [], gpu.read
+    patch.setattr(gpu, "read", lambda *args: reads.append(len(args[0])) or read(*args))
+    yield reads
 
 
 def test_no_scores_are_kept():

@@ -16,6 +16,7 @@ from seqzoo.kernels.ovq_attention.read import InTurn
 from seqzoo.kernels.ovq_attention.rule import OVQRule, OVQState
 
 WIDE = 256  # heads at most
+MANY = 2**27  # numbers in memories that, without gradients, are not kept waiting
 LONG = 4096  # [tokens] chunks whose first slots are chosen in one program
 
 
@@ -48,28 +49,50 @@ def ovq_attention_triton(
 
 
 class Together:
-    """In place of `InTurn`: gathers memories, and reads when all are there."""
+    """In place of `InTurn`: gathers memories, and reads when all are there; without gradients, when many are."""
 
     def __init__(self, q: Tensor, tokens: Tensor, scale: Tensor, plan: Layout, rule: OVQRule) -> None:
         self.plan, self.rule, self.tokens = plan, rule, tokens
         self.q, self.scale = plan.queries.rows(q), plan.queries.rows(scale[:, None].expand(*q.shape[:3], 1))[:, 0]
+        self.learns = torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.scale, self.tokens))
+        self.outputs: list[Tensor] = []
         self.memories: list[Tensor] = []
         self.counts: list[Tensor] = []
+        self.read = 0, 0, 0  # steps, rows of q, rows of tokens
 
     def add(self, memory: Tensor, counts: Tensor) -> None:
+        self.learns |= torch.is_grad_enabled() and memory.requires_grad  # where a state came in that does
         self.memories.append(memory)
         self.counts.append(counts)
+        if not self.learns and sum(x.numel() for x in self.memories) > MANY:
+            self._read_so_far()
 
     def rows(self) -> Tensor:
+        if self.memories:
+            self._read_so_far()
+        return self.outputs[0] if len(self.outputs) == 1 else torch.cat(self.outputs)
+
+    def _read_so_far(self) -> None:
+        """The steps that are not read yet. No bit depends on how many they are."""
+        here, (step, q, token) = len(self.memories), self.read
+        plan = Layout(
+            self.plan.documents,
+            self.plan.steps[step : step + here],
+            *(x._replace(sizes=x.sizes[step : step + here]) for x in (self.plan.queries, self.plan.tokens)),
+        )
         sizes = [x.shape[2] for x in self.memories]
-        table = sent(jobs(self.plan, sizes, self.rule), self.q.device)
-        (_, G, _), (_, H, _) = self.plan.tokens.sizes[0], self.plan.queries.sizes[0]
+        table = sent(jobs(plan, sizes, self.rule), self.q.device)
+        (_, G, widest), (_, H, _) = plan.tokens.sizes[0], plan.queries.sizes[0]  # no later chunk has more tokens
         longest = max(L for *_, L in self.plan.queries.sizes)
-        widest = max(max(sizes), max(C for *_, C in self.plan.tokens.sizes))
-        flags = [G, H // G, longest, widest, int(self.rule.log_count), int(self.rule.norm_correction)]
-        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.scale, self.tokens))
-        learns = learns or torch.is_grad_enabled() and any(x.requires_grad for x in self.memories)
-        return _read(self.q, self.scale, self.tokens, self.memories, self.counts, table, flags, learns)[0]
+        flags = [G, H // G, longest, max(*sizes, widest), int(self.rule.log_count), int(self.rule.norm_correction)]
+        self.read = (
+            step + here,
+            *(first + sum(a * b * c for a, b, c in x.sizes) for first, x in ((q, plan.queries), (token, plan.tokens))),
+        )
+        queries, tokens = slice(q, self.read[1]), slice(token, self.read[2])
+        rows = self.q[queries], self.scale[queries], self.tokens[tokens]
+        self.outputs.append(_read(*rows, self.memories, self.counts, table, flags, self.learns)[0])
+        self.memories, self.counts = [], []
 
     @staticmethod
     def farthest(likeness: Tensor, new: int) -> Tensor:
