@@ -1,91 +1,25 @@
 """What kernels an op is made of, and what each must move and multiply: ours, fla's, FlashQLA's, and the least possible.
 
 A pass is one kernel (or several that touch the same). Its bytes count each address once for reading and once for
-writing: a cache without end. Ours are held against the kernels themselves (tests/test_roofline.py counts the loads and
-stores that Triton's interpreter makes); fla's (0.6) and FlashQLA's (0.1.2) were read from their sources.
+writing: a cache without end. Ours are in our_kernels.py; fla's (0.6) and FlashQLA's (0.1.2) were read from their code.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
-C = 64  # tokens of a chunk, in all of them
-
-
-class Shape(NamedTuple):
-    """Of a call: batch, tokens, key (or query) heads, value (or state) heads, widths, bytes of an element."""
-
-    B: int
-    T: int
-    H: int
-    HV: int
-    K: int = 128
-    V: int = 128
-    size: int = 2
-
-    @property
-    def rows(self) -> int:
-        """Tokens, all batches."""
-        return self.B * self.T
-
-    @property
-    def chunks(self) -> int:
-        """Chunks, all batches."""
-        return self.B * -(-self.T // C)
-
-    @property
-    def keys(self) -> int:
-        """[bytes] k; q has the same where it has the same heads."""
-        return self.rows * self.H * self.K * self.size
-
-    @property
-    def values(self) -> int:
-        """[bytes] v, or o."""
-        return self.rows * self.HV * self.V * self.size
-
-    @property
-    def gates(self) -> int:
-        """[bytes] One fp32 number per token and value head."""
-        return self.rows * self.HV * 4
-
-    @property
-    def squares(self) -> int:
-        """[bytes] A chunk's C x C matrix per value head."""
-        return self.rows * self.HV * C * self.size
-
-    @property
-    def state(self) -> int:
-        """[bytes] One fp32 state per batch and value head."""
-        return self.B * self.HV * self.K * self.V * 4
-
-    def states(self, size: int) -> int:
-        """[bytes] One state per chunk, of elements of this size."""
-        return self.chunks * self.HV * self.K * self.V * size
-
-    def products(self, **times: float) -> float:
-        """[FLOP] Products per token and value head: how often CC, CK, CV, KK, KV is multiplied and added."""
-        width = dict(C=C, K=self.K, V=self.V)
-        return sum(2.0 * n * width[a] * width[b] for (a, b), n in times.items()) * self.rows * self.HV
-
-
-class Pass(NamedTuple):
-    """One kernel of a decomposition."""
-
-    name: str
-    moved: float  # [bytes]
-    flops: float = 0.0
-
+from seqzoo.benchmarks import our_kernels
+from seqzoo.benchmarks.shapes import Pass, Shape
 
 Decomposition = Callable[[Shape], list[Pass]]
 
 
 def _delta_least(s: Shape) -> list[Pass]:
-    """Inputs and outputs once; products as a recurrence over chunks with the solve done once."""
-    flops = s.products(CK=2, CV=2, KV=3, CC=1)
+    """Inputs and outputs once; products as a recurrence over chunks, q k^T and k k^T once for a group of heads."""
+    flops = s.products(CK=2 * s.H / s.HV, CV=2, KV=3, CC=1)
     return [Pass("all", 2 * s.keys + 2 * s.values + 2 * s.gates + s.state, flops)]
 
 
 def _delta_least_backward(s: Shape) -> list[Pass]:
-    flops = s.products(CK=6, CV=5, KV=8, CC=3)
+    flops = s.products(CK=6, CV=5, KV=8)
     return [Pass("all", 4 * s.keys + 3 * s.values + 4 * s.gates + s.state, flops)]
 
 
@@ -185,11 +119,30 @@ def _linear_fla_backward(s: Shape) -> list[Pass]:
     ]
 
 
+def _channel_least(s: Shape) -> list[Pass]:
+    (least,), more = _linear_least(s), s.rows * s.H * 4 * (s.K - 1)
+    return [least._replace(moved=least.moved + more)]
+
+
+def _channel_least_backward(s: Shape) -> list[Pass]:
+    (least,), more = _linear_least_backward(s), s.rows * s.H * 4 * (s.K - 1)
+    return [least._replace(moved=least.moved + 2 * more)]
+
+
 DECOMPOSITIONS: dict[tuple[str, str], dict[str, Decomposition]] = {
-    ("gated_delta_rule", "forward"): {"least": _delta_least, "fla": _delta_fla, "FlashQLA": _delta_qla},
-    ("gated_delta_rule", "backward"): {
-        "least": _delta_least_backward, "fla": _delta_fla_backward, "FlashQLA": _delta_qla_backward,
+    ("gated_delta_rule", "forward"): {
+        "least": _delta_least, "seqzoo": our_kernels.delta, "fla": _delta_fla, "FlashQLA": _delta_qla,
     },
-    ("linear_attention", "forward"): {"least": _linear_least, "fla": _linear_fla},
-    ("linear_attention", "backward"): {"least": _linear_least_backward, "fla": _linear_fla_backward},
+    ("gated_delta_rule", "backward"): {
+        "least": _delta_least_backward, "seqzoo": our_kernels.delta_backward,
+        "fla": _delta_fla_backward, "FlashQLA": _delta_qla_backward,
+    },
+    ("linear_attention", "forward"): {"least": _linear_least, "seqzoo": our_kernels.linear, "fla": _linear_fla},
+    ("linear_attention", "backward"): {
+        "least": _linear_least_backward, "seqzoo": our_kernels.linear_backward, "fla": _linear_fla_backward,
+    },
+    ("linear_attention by channel", "forward"): {"least": _channel_least, "seqzoo": our_kernels.channel},
+    ("linear_attention by channel", "backward"): {
+        "least": _channel_least_backward, "seqzoo": our_kernels.channel_backward,
+    },
 }  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqzoo.benchmarks.decompositions import Shape
+from seqzoo.benchmarks.shapes import Shape
 
 Side = tuple[str, Callable[..., tuple[Tensor, ...]] | str]
 OTHER = "attention"

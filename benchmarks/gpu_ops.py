@@ -21,6 +21,7 @@ from seqzoo.benchmarks.decompositions import DECOMPOSITIONS
 from seqzoo.benchmarks.gpu_cases import CASES, OTHER, Case, cases
 from seqzoo.benchmarks.gpu_timing import about, peak, time_in_turn
 from seqzoo.benchmarks.roofline import CHIPS, floor
+from seqzoo.benchmarks.shapes import Shape
 
 APART = 3e-2  # norm of the difference over the norm that two sides may have in bf16
 
@@ -96,9 +97,8 @@ def measured(case: Case, device: torch.device, seconds: float) -> dict[str, Any]
 
 def share(row: dict[str, Any], direction: str, chip: str) -> float | None:
     """The least floor over our time."""
-    from seqzoo.benchmarks.decompositions import Shape
-
-    least = DECOMPOSITIONS.get((row["op"], direction), {}).get("least")
+    op = row["op"] + (" by channel" if row["label"].endswith("per channel") else "")
+    least = DECOMPOSITIONS.get((op, direction), {}).get("least")
     if least is None or chip not in CHIPS:
         return None
     return floor(least(Shape(**row["shape"])), CHIPS[chip]) * 1e3 / row[direction]["seqzoo"]["median"]

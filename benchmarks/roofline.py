@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from seqzoo.benchmarks.decompositions import DECOMPOSITIONS, Pass, Shape
+from seqzoo.benchmarks.decompositions import DECOMPOSITIONS
+from seqzoo.benchmarks.shapes import Pass, Shape
 
 
 class Chip(NamedTuple):
