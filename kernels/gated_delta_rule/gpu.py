@@ -10,14 +10,15 @@ What moves, in bytes per token and value head, where K = V = 128 in bfloat16 and
               gradients   all these in, d_q d_k d_v out, every chunk for itself                 2560 +  768
 
 The memory before each chunk is as large as q and k together (2 K V / C bytes a token), so backward writes it and its
-gradient once each, and forward never. With grouped value heads q and k come once for all heads of a group in what goes
-chunk by chunk, and their gradients are summed in registers. What is read again by the other slice of V comes from the
-cache. The serial kernels are bound by the time of a chunk, about three products that wait for each other; what they
-can be given early (A, P, e, f) others compute. They run HV * V / BV programs a sequence, backward twice that. Where
-that fills less than a quarter of the chip they also split the sequence: each part first runs from an empty memory and
-from the identity (`_ends`), `_chain` puts the parts' true beginnings together, and all parts run at once. This takes
-2.2 times the products, so it is done only where it gains, and never by the size of the batch: a sequence has the same
-bits alone and in a batch. A document that starts where a chunk does has the same bits packed, if nothing is split.
+gradient once each, and forward never. With grouped value heads q and k are read once for a group by prepare, and d_q
+and d_k are made by value head and summed by a last small kernel. What is read again, by the other slice of V and by the
+phases of gradients, comes from the cache. The serial kernels are bound by the time of a chunk, about three products
+that wait for each other; what they can be given early (A, P, e, f) others compute. They run HV * V / BV programs a
+sequence, backward twice that. Where that is a quarter of the chip or less they also split the sequence: each part first
+runs from an empty memory and from the identity (`_ends`), `_chain` puts the parts' true beginnings together, and all
+parts run at once. This takes 2.2 times the products, so it is done only where it gains, by T and the number of heads
+and never by the size of the batch: a sequence has the same bits alone and in a batch. A document that starts where a
+chunk does has the same bits packed and alone, if neither is split.
 
 bfloat16 is multiplied as such, with sums, decays, the memory, its chaining and the inverse's doubling in fp32 (tf32
 products); the memory, A, P, Z and E are rounded to bfloat16 as operands. float32 and float16 are multiplied as tf32.
