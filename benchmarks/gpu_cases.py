@@ -38,7 +38,12 @@ def _draw(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
 
 
 def _peer(name: str, package: str, load: Callable[[], Callable]) -> Side:
-    return name, load() if find_spec(package) else f"the package {package} is not installed"
+    if not find_spec(package):
+        return name, f"the package {package} is not installed"
+    try:
+        return name, load()
+    except Exception as error:  # whatever a peer needs that is not here
+        return name, f"{type(error).__name__}: {error}"
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> tuple[Tensor]:

@@ -25,6 +25,13 @@ SIZES += [dict(H=1, HV=2, K=130, V=70, W=5)]  # columns in two slices
 NEAR = dict(rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture(autouse=True)
+def where_kernels_run():
+    """All that a test draws is on the GPU, if there is one."""
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        yield
+
+
 def drawn(T, H, HV, K, V, W, dtype=torch.float32):
     """Inputs of a step before its pools, and the two pools."""
     C = 2 * H * K + HV * V

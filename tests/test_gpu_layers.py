@@ -30,6 +30,13 @@ KERNELS = {  # row -> the ops whose kernels a training step of it starts
 }
 
 
+@pytest.fixture(autouse=True)
+def where_kernels_run():
+    """All that a test draws is on the GPU, if there is one."""
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        yield
+
+
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """The GPU's preferences, and float32 products as a GPU's user allows them."""

@@ -67,7 +67,7 @@ def test_odd_sizes(H, HP, HV, K, V):
     starts = (at == 7) | (at == 33) if H < HV else None
     ours, truth = run(momentum_delta_rule_triton, time, state, starts), exact(time, state, starts)
     for n, (a, b) in enumerate(zip(ours, truth, strict=True)):
-        assert_close(a.double(), b.double(), **CLOSE, msg=lambda m, n=n: f"{n}: {m}")
+        assert (a.double() - b).norm() <= (1e-5 if DEVICE == "cpu" else 1.5e-2) * b.norm(), n
 
 
 @pytest.mark.parametrize("log_mu", [-0.5, -20.0])

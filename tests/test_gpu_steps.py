@@ -23,6 +23,13 @@ SLOTS = 7
 INDEX = [5, -1, 0]  # shuffled, and a row without a slot
 
 
+@pytest.fixture(autouse=True)
+def where_kernels_run():
+    """All that a test draws is on the GPU, if there is one."""
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        yield
+
+
 def normal(*shape):
     return torch.randn(*shape)
 
@@ -91,7 +98,8 @@ def drawn(name, T, dtype=torch.float32):
     time = {key: x.to(dtype) if key in "qkvrp" else x for key, x in time.items()}
     if step is linear_attention_step_:
         time.setdefault("g", None)
-    return time, torch.randn(SLOTS, *state), step, definition, rest
+    pool = torch.randn(SLOTS, *state)
+    return time, pool, step, definition, [x.to(pool.device) for x in rest]
 
 
 def picked(time, rows):

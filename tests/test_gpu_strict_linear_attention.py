@@ -65,7 +65,7 @@ def test_odd_sizes(H, G, N, D):
     truth = exact(inputs, state, starts, torch.full((H,), -0.1, device=DEVICE))
     ours = run(strict_linear_attention_triton, inputs, state, starts, torch.full((H,), -0.1, device=DEVICE))
     for a, b in zip(ours, truth, strict=True):
-        assert_close(a.double(), b.double(), **CLOSE)
+        assert (a.double() - b).norm() <= (1e-5 if DEVICE == "cpu" else 1.5e-2) * b.norm()
 
 
 def test_no_memory_in_and_none_wanted():
