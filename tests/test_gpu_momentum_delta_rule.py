@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.testing import assert_close
 
 from seqzoo.kernels import gpu
 from seqzoo.kernels.dispatch import use_backend
@@ -17,7 +16,6 @@ from seqzoo.kernels.momentum_delta_rule.reference import momentum_delta_rule_ref
 pytestmark = pytest.mark.skipif(not gpu.usable(), reason="no triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-CLOSE = dict(atol=5e-2, rtol=2e-2) if DEVICE == "cuda" else dict(atol=2e-5, rtol=1e-4)
 
 
 def draw(B, T, H, HP, HV, K, V, dtype=DTYPE, log_mu=None):
