@@ -2,6 +2,9 @@
 
 Every input is read once, but for W - 1 tokens beside a segment. U tokens are loaded before the first is used, which
 hides the memory's latency where warps are few.
+
+Each sum of products is written as fused multiply-adds, in one order: left to itself a compiler rounds a * b + c * d one
+way in one variant of a kernel, another way in the next, and a document's bits would change with who is beside it.
 """
 
 import triton
@@ -34,6 +37,15 @@ def _kept(values, begun, N: tl.constexpr):
     for n in tl.static_range(N):
         kept = kept + (tl.where(begun, 0.0, values[n]),)
     return kept
+
+
+@triton.jit
+def _filtered(taps, window, W: tl.constexpr):
+    """The sum of W products."""
+    z = taps[0] * window[0]
+    for w in tl.static_range(1, W):
+        z = tl.fma(taps[w], window[w], z)
+    return z
 
 
 @triton.jit
@@ -79,9 +91,7 @@ def short_conv_forward(
             if starts is not None:
                 window = _kept(window, tl.load(starts + t, mask=t < T, other=0) != 0, W - 1)
             window = window + (fresh[u].to(tl.float32),)
-            z = taps[0] * window[0]
-            for w in tl.static_range(1, W):
-                z += taps[w] * window[w]
+            z = _filtered(taps, window, W)
             if index is not None:
                 z += nothing
             tl.store(y + t * C, z / (1.0 + tl.exp(-z)), mask=tl.where(t < T, inside, False))
@@ -154,18 +164,16 @@ def _token(given, t, T, end, window, pending, begun, shares, taps, starts, dnext
             after = after + (begun[n] | now,)
         begun, window = after, _kept(window, now, W - 1)
     window, pending = window + (given[0].to(tl.float32),), pending + (tl.zeros_like(taps[0]),)
-    z = taps[0] * window[0]
-    for w in tl.static_range(1, W):
-        z += taps[w] * window[w]
+    z = _filtered(taps, window, W)
     open = 1.0 / (1.0 + tl.exp(-z))
-    dz = given[1].to(tl.float32) * open * (1.0 + z * (1.0 - open))
+    dz = given[1].to(tl.float32) * open * tl.fma(z, 1.0 - open, tl.full(z.shape, 1.0, tl.float32))
     ours = tl.where(t < end, dz, 0.0)  # what is beyond belongs to the next segment
     gathered, summed = (), ()
     for w in tl.static_range(W):
-        add = taps[w] * dz
+        more = tl.fma(taps[w], dz, pending[w])
         if starts is not None and w < W - 1:
-            add = tl.where(begun[w], 0.0, add)
-        gathered, summed = gathered + (pending[w] + add,), summed + (shares[w] + ours * window[w],)
+            more = tl.where(begun[w], pending[w], more)
+        gathered, summed = gathered + (more,), summed + (tl.fma(ours, window[w], shares[w]),)
     done = gathered[0]
     if W > 1:  # an input near the end is in the next past, too
         s = t - (W - 1)
