@@ -3,17 +3,17 @@
 It wants packed documents as one row with offsets, and a memory for each. Its names and signatures are those of 0.6.
 """
 
-from functools import cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+INSTALLED = find_spec("fla") is not None  # found out here, for torch.compile cannot trace the search
 
-@cache
+
 def usable() -> bool:
     """Whether the package is installed; nothing is imported."""
-    return find_spec("fla") is not None
+    return INSTALLED
 
 
 def fold(state: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:

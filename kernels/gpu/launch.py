@@ -6,13 +6,13 @@ Nothing here imports triton; the kernels do, and they are imported where they ar
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+INSTALLED = find_spec("triton") is not None  # found out here, for torch.compile cannot trace the search
 _start: Callable[["Launch"], None] | None = None  # what is done with a launch instead of running it
 
 
@@ -68,10 +68,9 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-@cache
 def usable() -> bool:
     """Whether triton is installed; nothing is imported."""
-    return find_spec("triton") is not None
+    return INSTALLED
 
 
 def needs_gpu(x: Tensor) -> None:
