@@ -14,7 +14,7 @@ gradient once each, and forward never. With grouped value heads q and k are read
 and d_k are made by value head and summed by a last small kernel. What is read again, by the other slice of V and by the
 phases of gradients, comes from the cache. The serial kernels are bound by the time of a chunk, about three products
 that wait for each other; what they can be given early (A, P, e, f) others compute. They run HV * V / BV programs a
-sequence, backward twice that. Where that is a quarter of the chip or less they also split the sequence: each part first
+sequence, backward twice that. Where that fills less than the chip they also split the sequence: each part first
 runs from an empty memory and from the identity (`_ends`), `_chain` puts the parts' true beginnings together, and all
 parts run at once. This takes 2.2 times the products, so it is done only where it gains, by T and the number of heads
 and never by the size of the batch: a sequence has the same bits alone and in a batch. A document that starts where a
@@ -127,15 +127,15 @@ def _call(q: Tensor, k: Tensor, v: Tensor) -> _Call:
 
 
 def _split(T: int, HV: int, K: int, V: int, C: int, arch: str) -> int:
-    """Into how many parts the serial kernels cut a sequence: 1, or 4 and more."""
+    """Into how many parts the serial kernels cut a sequence: 1, or 3 and more."""
     chunks = -(-T // C)
     if K > CHAINED:
         return 1
     wanted = _parts
     if wanted is None:
         programs = max(1, TOKENS // T) * HV * -(-V // 64)
-        wanted = min(MULTIPROCESSORS[arch] // programs, chunks // SHORTEST)
-        wanted = wanted if wanted >= 4 else 1
+        wanted = min(2 * MULTIPROCESSORS[arch] // programs, chunks // SHORTEST)  # two programs run on each at once
+        wanted = wanted if wanted >= 3 else 1
     length = -(-chunks // min(wanted, chunks))
     return -(-chunks // length)  # no part is empty
 

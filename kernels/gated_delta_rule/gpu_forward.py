@@ -24,9 +24,9 @@ def written(S, k, v, A_ptr, e_ptr, b_ptr, chunk, C: tl.constexpr, DOT: tl.conste
 
 
 @triton.jit
-def after(S, Z, k, e_ptr, f_ptr, chunk, last, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """S^T after the chunk; last: its last token."""
-    keep, f = tl.load(e_ptr + chunk * C + last), tl.load(f_ptr + chunk * C + tl.arange(0, C))
+def after(S, Z, k, keep, f_ptr, chunk, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """S^T after the chunk; keep: e of its last token, asked for early, since a number is not loaded ahead by itself."""
+    f = tl.load(f_ptr + chunk * C + tl.arange(0, C))
     return tl.dot((f[None, :] * Z).to(DOT), k, acc=keep * S, input_precision=PRECISION)
 
 
@@ -77,6 +77,7 @@ def _forward(
         S = tl.load(state_ptr + x[:, None] * S_V + w[None, :] * S_K, mask=in_state, other=0.0).to(tl.float32)
     for n in range(part * LENGTH, tl.minimum((part + 1) * LENGTH, N)):
         first, chunk, last = b * T + n * C, memory * N + n, tl.minimum(C, T - n * C) - 1
+        keep = tl.load(e_ptr + chunk * C + last)
         row = tl.minimum(c, last)[:, None]  # what comes after the last token has no weight in A, P, e, f and b
         q = tl.load(q_ptr + first * Q_ROW + h * K + (row * Q_ROW + w[None, :]), mask=in_k, other=0.0).to(DOT)
         k = tl.load(k_ptr + first * K_ROW + h * K + (row * K_ROW + w[None, :]), mask=in_k, other=0.0).to(DOT)
@@ -85,7 +86,7 @@ def _forward(
         Z = written(S, k, tl.trans(v), A_ptr, e_ptr, b_ptr, chunk, C, DOT, PRECISION)
         Y = tl.load(e_ptr + chunk * C + c)[None, :] * tl.dot(S.to(DOT), tl.trans(q), input_precision=PRECISION)
         O = tl.trans(tl.dot(Z.to(DOT), tl.trans(P), acc=Y, input_precision=PRECISION))
-        S = after(S, Z, k, e_ptr, f_ptr, chunk, last, C, DOT, PRECISION)
+        S = after(S, Z, k, keep, f_ptr, chunk, C, DOT, PRECISION)
         o_at = first * (HV * V) + head * V + (c[:, None] * (HV * V) + x[None, :])
         tl.store(o_ptr + o_at, O.to(o_ptr.dtype.element_ty), mask=(c <= last)[:, None] & in_v)
     if part == PARTS - 1:
@@ -140,10 +141,11 @@ def _ends(
         S += tl.load(state_ptr + memory * K * V + x[:, None] + w[None, :] * V, mask=known, other=0.0).to(tl.float32)
     for n in range(part * LENGTH, tl.where(moves & (part == 0), 0, part + 1) * LENGTH):
         first = b * T + n * C
+        keep = tl.load(e_ptr + (memory * N + n) * C + (C - 1))
         k = tl.load(k_ptr + first * K_ROW + h * K + (c[:, None] * K_ROW + w[None, :]), mask=in_k, other=0.0).to(DOT)
         v = tl.load(v_ptr + first * V_ROW + head * V + (c[:, None] * V_ROW + x[None, :]), mask=in_v, other=0.0)
         Z = written(S, k, tl.trans(v), A_ptr, e_ptr, b_ptr, memory * N + n, C, DOT, PRECISION)
-        S = after(S, Z, k, e_ptr, f_ptr, memory * N + n, C - 1, C, DOT, PRECISION)
+        S = after(S, Z, k, keep, f_ptr, memory * N + n, C, DOT, PRECISION)
     ends_ptr += (memory * (PARTS - 1) + part) * (V + K) * K
     x -= tl.where(moves, values * BV - V, 0)  # where the program's columns are among the V + K
     in_end = (x[:, None] < tl.where(moves, V + K, V)) & (w[None, :] < K)

@@ -32,13 +32,14 @@ def _states(
     tl.store(states_ptr + (memory * N + begin) * (V * K) + at_m, S.to(states_ptr.dtype.element_ty), mask=in_state)
     for n in range(begin, end):
         first, chunk, last = b * T + n * C, memory * N + n, tl.minimum(C, T - n * C) - 1
+        keep = tl.load(e_ptr + chunk * C + last)
         row = tl.minimum(c, last)[:, None]
         k = tl.load(k_ptr + first * K_ROW + h * K + (row * K_ROW + w[None, :]), mask=in_k, other=0.0).to(DOT)
         v = tl.load(v_ptr + first * V_ROW + head * V + (row * V_ROW + x[None, :]), mask=in_v, other=0.0)
         Z = written(S, k, tl.trans(v), A_ptr, e_ptr, b_ptr, chunk, C, DOT, PRECISION)
         at_z = chunk * (C * V) + (c[:, None] * V + x[None, :])
         tl.store(Z_ptr + at_z, tl.trans(Z).to(Z_ptr.dtype.element_ty), mask=in_v)
-        S = after(S, Z, k, e_ptr, f_ptr, chunk, last, C, DOT, PRECISION)
+        S = after(S, Z, k, keep, f_ptr, chunk, C, DOT, PRECISION)
         next_state = (x[:, None] < tl.where(n + 1 < end, V, 0)) & (w[None, :] < K)
         tl.store(states_ptr + (chunk + 1) * (V * K) + at_m, S.to(states_ptr.dtype.element_ty), mask=next_state)
 
@@ -62,6 +63,7 @@ def _reverse(
     for i in range(end - begin):
         n = end - 1 - i
         first, chunk, last = b * T + n * C, memory * N + n, tl.minimum(C, T - n * C) - 1
+        keep = tl.load(e_ptr + chunk * C + last)
         row = tl.minimum(c, last)[:, None]
         k = tl.load(k_ptr + first * K_ROW + h * K + (row * K_ROW + w[None, :]), mask=in_k, other=0.0).to(DOT)
         q = tl.load(q_ptr + first * Q_ROW + h * K + (row * Q_ROW + w[None, :]), mask=in_k, other=0.0).to(DOT)
@@ -71,7 +73,7 @@ def _reverse(
         A, P = tl.load(A_ptr + square), tl.load(P_ptr + square)
         U = tl.load(f_ptr + chunk * C + c)[None, :] * tl.dot(M.to(DOT), tl.trans(k), input_precision=PRECISION)
         U = tl.dot(d_o, P, acc=U, input_precision=PRECISION)
-        e, keep = tl.load(e_ptr + chunk * C + c), tl.load(e_ptr + chunk * C + last)
+        e = tl.load(e_ptr + chunk * C + c)
         M = tl.dot((e[None, :] * d_o.to(tl.float32)).to(DOT), q, acc=keep * M, input_precision=PRECISION)
         E = tl.dot(U.to(DOT), A, acc=U, input_precision=PRECISION)
         if E_ptr is not None:
