@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.attention.flex_attention as torch_flex
 from test_attention_op import LOW, SHAPES, TOLERANCE, Largest, case, compare, documents, values_and_grads
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.testing import assert_close
 
 from seqzoo.kernels.causal_attention import block_mask as masks
@@ -209,6 +210,29 @@ def test_nothing_is_wrapped_around_what_is_compiled():
     assert not any(hasattr(f, "__wrapped__") for f in traced)
     seen = masks.seen_by(3, 3, None, None, None, 0, torch.device("cpu"))
     assert not hasattr(seen, "__wrapped__")
+
+
+def test_what_is_compiled_in():
+    """Lengths and the batch become symbols where they change; heads, widths, the window and the scale never do."""
+    found = []
+
+    def look(graph, _):
+        (node,) = (n for n in graph.graph.nodes if "flex_attention" in str(n.target))
+        shapes = [x.meta["example_value"].shape for x in node.args[:3]]
+        found.append((node.args[5], *((x[1], x[3]) for x in shapes), isinstance(shapes[0][2], torch.SymInt)))
+        return graph.forward
+
+    torch._dynamo.reset()
+    traced = torch.compile(flex._flex, backend=look, fullgraph=True)
+    for H, G, T, K, V, window in ((4, 2, 41, 20, 16, 50), (6, 2, 43, 6, 5, 32), (6, 3, 61, 25, 40, 7)):
+        q, k, v = torch.randn(1, H, T, K), torch.randn(1, G, 2 * T, K), torch.randn(1, G, 2 * T, V)
+        document = torch.zeros(1, 2 * T, dtype=torch.int32)
+        traced(q, k, v, window, document[:, T:], document, 0)
+    sizes = [[(4, 20), (2, 20), (2, 16)], [(6, 16), (2, 16), (2, 16)], [(6, 25), (3, 25), (3, 40)]]
+    scales = [20**-0.5, 6**-0.5, 25**-0.5]
+    assert found == [(scale, *size, n > 0) for n, (scale, size) in enumerate(zip(scales, sizes, strict=True))]
+    assert all(is_concrete_int(x) for _, *size, _ in found for pair in size for x in pair)
+    assert all(type(scale) is float for scale, *_ in found)
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ Without a GPU nothing is compiled: a check of the masks, with T x S scores.
 """
 
 import inspect
+import operator
 from collections.abc import Callable
 from functools import cache
 from types import FunctionType
@@ -85,12 +86,16 @@ def _flex(
     key_document: Tensor | None,
     sinks: int,
 ) -> Tensor:
-    """The mask's blocks are found in the same graph: a few numbers per block, less than a layer's norm."""
-    K, V = q.shape[-1], v.shape[-1]
+    """The mask's blocks are found in the same graph: a few numbers per block, less than a layer's norm.
+
+    Heads, widths and the window are compiled in, by `index`: as symbols, as which torch.compile takes what has once
+    changed, they make the scale a power and a group's size a quotient that not every flex_attention can write down.
+    """
+    H, G, K, V, sinks = map(operator.index, (q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], sinks))
+    window = None if window is None else operator.index(window)
     mask = block_mask(q.shape[2], k.shape[2], window, query_document, key_document, sinks, q.device)
-    q, k, v = (F.pad(x, (0, NARROW - x.shape[-1])) if x.shape[-1] < NARROW else x for x in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
-    o = flex_attention(q, k, v, block_mask=mask, scale=K**-0.5, enable_gqa=grouped, kernel_options=OPTIONS)
+    q, k, v = (F.pad(x, (0, NARROW - n)) if n < NARROW else x for x, n in ((q, K), (k, K), (v, V)))
+    o = flex_attention(q, k, v, block_mask=mask, scale=K**-0.5, enable_gqa=H != G, kernel_options=OPTIONS)
     return o[..., :V]
 
 
