@@ -25,7 +25,7 @@ def spread_rows(x, order, out, R, SLOTS: tl.constexpr, D: tl.constexpr, BR: tl.c
     """out[r] = x[order[r] // SLOTS]: each token once for each of its slots."""
     rows, columns, there, inside = _tile(R, D, BR, BC)
     token = tl.load(order + rows, mask=there, other=0) // SLOTS
-    values = tl.load(x + token[:, None] * D + columns[None], mask=inside)
+    values = tl.load(x + token[:, None] * D + columns[None], mask=inside, other=0.0)
     tl.store(out + rows[:, None] * D + columns[None], values, mask=inside)
 
 
