@@ -36,9 +36,15 @@ class Run:
         outputs = self.outputs()
         generator = torch.Generator(device).manual_seed(1)
         self.towards = torch.randn(outputs[0].shape, generator=generator, device=device).to(outputs[0].dtype)
-        self.results = {"o": outputs[0].detach()}
+        self.results, self.said = {"o": outputs[0].detach()}, ""
+        self.learns = case.learns
         if case.learns:
             self.kept = outputs[0]
+            try:
+                self.backward()
+            except Exception as error:  # a peer that refuses backward on this chip still has a forward
+                self.learns, self.said = False, f"no backward: {error}"[:220]
+        if self.learns:
             used = torch.autograd.grad(self.kept, self.leaves, self.towards, retain_graph=True, allow_unused=True)
             pairs = zip(self.names, used, strict=True)
             self.results |= {f"d{name}": x for name, x in pairs if x is not None}
@@ -81,6 +87,10 @@ def measured(case: Case, device: torch.device, seconds: float) -> dict[str, Any]
                 raise
             said[side] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
             continue
+        if run.said:
+            if side == "seqzoo":
+                raise RuntimeError(run.said)
+            said[side] = run.said
         if side not in ("seqzoo", OTHER):
             off, where = apart(runs["seqzoo"].results, run.results)
             if not off < APART:
@@ -90,8 +100,9 @@ def measured(case: Case, device: torch.device, seconds: float) -> dict[str, Any]
     row: dict[str, Any] = dict(op=case.op, label=case.label, shape=case.shape._asdict(), said=said)
     row["forward"] = time_in_turn({side: run.forward for side, run in runs.items()}, device, seconds=seconds)
     if case.learns:
-        row["backward"] = time_in_turn({side: run.backward for side, run in runs.items()}, device, seconds=seconds)
-        row["peak"] = {side: peak(run.both, device) for side, run in runs.items()}
+        both = {side: run for side, run in runs.items() if run.learns}
+        row["backward"] = time_in_turn({side: run.backward for side, run in both.items()}, device, seconds=seconds)
+        row["peak"] = {side: peak(run.both, device) for side, run in both.items()}
     return row
 
 

@@ -215,8 +215,9 @@ def test_beyond_the_pool():
         o = step(*time.values(), pool, index)
     assert o[0].isnan().all() and not o[1].any() and o[2:].isfinite().all()
     assert torch.equal(pool[[0, 2, 3, 4, 5, 6]], before[[0, 2, 3, 4, 5, 6]])
-    with use_backend("torch"), pytest.raises(IndexError):
-        step(*time.values(), before, index)
+    if not torch.cuda.is_available():  # where torch's own check ends the process's use of the GPU
+        with use_backend("torch"), pytest.raises(IndexError):
+            step(*time.values(), before, index)
 
 
 @pytest.mark.parametrize(

@@ -174,8 +174,8 @@ def places(steps: Sequence[Sequence[tuple[int, int]]], tokens: int, H: int, devi
 
 def sent(values: Sequence | Tensor, device: torch.device) -> Tensor:
     """What the host knows, on the device; a GPU is not waited for."""
-    x = torch.as_tensor(values)
-    if device.type != "cuda" or torch.compiler.is_compiling():
+    x = torch.as_tensor(values, device=None if isinstance(values, Tensor) else "cpu")  # not a default device's
+    if device.type != "cuda" or x.is_cuda or torch.compiler.is_compiling():
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
 
