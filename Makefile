@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := $(wildcard constraints.txt)
 
-.PHONY: train test lint wheel clean
+.PHONY: train test lint wheel kernels clean
 
 train: $(VENV)/.installed
 	$(BIN)/seqzoo-train $(ARGS)
@@ -18,6 +18,9 @@ lint: $(VENV)/.installed
 
 wheel: $(VENV)/.installed
 	$(BIN)/pytest -q -m wheel tests/test_wheel.py
+
+kernels: $(VENV)/.installed
+	$(BIN)/python -m seqzoo.kernels.gpu.report --known benchmarks/results/kernels.json --again 8
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
