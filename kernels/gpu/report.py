@@ -151,7 +151,11 @@ def build(job: Job) -> Built:
         registers, spilled, units = (_amd if amd else _nvidia)(compiled.asm)
     except Exception as error:  # whatever the compiler says is the report
         return Built(*head, 0, 0, 0, "", 0, f"{type(error).__name__}: {str(error).strip()[-300:]}")
-    return Built(*head, registers, spilled, shared, units if "tt.dot" in compiled.asm["ttir"] else "-", left)
+    if "tt.dot" not in compiled.asm["ttir"]:
+        units = "-"
+    if units == "none":  # whatever became of the products: a kernel without any has once been compiled to nothing
+        left = max(left, 1)
+    return Built(*head, registers, spilled, shared, units, left)
 
 
 def _nvidia(asm: dict[str, Any]) -> tuple[int, int, str]:

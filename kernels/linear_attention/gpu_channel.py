@@ -115,9 +115,8 @@ def channel_gradients(
         for level in range(LEVELS):
             decay = halves(coarse, fine, tokens, level, BK)
             second = (later >> level) & 1 != 0
-            mine = tl.load(q_at + tokens[:, None] * q_step + keys[None, :], mask=inside & second, other=0.0)
-            mine += tl.load(k_at + tokens[:, None] * k_step + keys[None, :], mask=inside & (second == 0), other=0.0)
-            mine = mine.to(tl.float32)  # again: registers are short
+            mine = tl.where(second, q_at + tokens[:, None] * q_step, k_at + tokens[:, None] * k_step) + keys[None, :]
+            mine = tl.load(mine, mask=inside, other=0.0).to(tl.float32)  # again: registers are short
             pairs = tl.where((later ^ earlier) >> level == 1, dP, 0.0).to(DOT)
             more = tl.dot(pairs, (mine * decay).to(DOT), input_precision=PRECISION) * decay
             dq_ += tl.where(second, more, 0.0)
