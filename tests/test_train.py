@@ -82,12 +82,26 @@ def test_newton_schulz_makes_singular_values_near_one(shape):
     assert values.min() > 0.3 and values.max() < 1.3
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_muon_iterates_in_what_the_cpu_has(native, monkeypatch):
+    """auto is one of the two precisions, to the bit; which one, the CPU's instructions say."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    (matrix,) = parameters((5, 9))
+    auto, named = copies([matrix]), copies([matrix])
+    for params, dtype in ((auto, "auto"), (named, "bfloat16" if native else "float32")):
+        params[0].grad = matrix.detach().clone()
+        Muon(params, lr=0.1, ns_dtype=dtype).step()
+    assert torch.equal(auto[0], named[0])
+
+
 def test_muon_says_what_it_cannot_take():
     with pytest.raises(ValueError, match=r"Muon params: expected \[out, in\] or \[E, out, in\], got \[3\]"):
         Muon(parameters((3,)))
     with pytest.raises(ValueError, match="Muon lr: expected at least 0, got -1"):
         Muon(parameters((3, 3)), lr=-1)
-    with pytest.raises(ValueError, match=r"Muon ns_dtype: expected one of \['bfloat16', 'float32'\], got 'half'"):
+    with pytest.raises(
+        ValueError, match=r"Muon ns_dtype: expected one of \['auto', 'bfloat16', 'float32'\], got 'half'"
+    ):
         Muon(parameters((3, 3)), ns_dtype="half")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-NS_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+NS_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the polynomial a, b, c: steepest at zero
 RATIOS: dict[str, Callable[[int, int], float]] = {
     "original": lambda rows, columns: math.sqrt(max(1, rows / columns)),
@@ -37,7 +37,8 @@ class Muon(torch.optim.Muon):
         eps: the least norm to divide by.
         ns_steps: Newton-Schulz steps.
         adjust_lr_fn: a name in RATIOS, how a matrix's shape scales its step.
-        ns_dtype: the iteration's precision, a name in NS_DTYPES; torch's is bfloat16.
+        ns_dtype: the iteration's precision, a name in NS_DTYPES; torch's is bfloat16. auto is that too, but float32 on
+            a CPU that has no instructions for bfloat16, where a product in it takes fifteen times as long.
 
     Raises:
         ValueError: a parameter that is no matrix or stack, a name that is none of the known, a negative number.
@@ -93,11 +94,18 @@ class Muon(torch.optim.Muon):
             some = [updates[i] for i in places]
             rows, columns = some[0].shape[-2:]
             stacked = torch.cat([u.reshape(-1, rows, columns) for u in some])
-            directions = orthogonal(stacked, group["ns_steps"], group["eps"], NS_DTYPES[group["ns_dtype"]])
+            directions = orthogonal(stacked, group["ns_steps"], group["eps"], _dtype(group["ns_dtype"], some[0].device))
             pieces = directions.to(some[0].dtype).split([u.numel() // (rows * columns) for u in some])
             pieces = [piece.view_as(u) for piece, u in zip(pieces, some, strict=True)]
             step = group["lr"] * RATIOS[group["adjust_lr_fn"]](rows, columns)
             torch._foreach_add_([params[i] for i in places], pieces, alpha=-step)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        emulated = device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.float32 if emulated else torch.bfloat16
+    return NS_DTYPES[name]
 
 
 def orthogonal(matrices: Tensor, steps: int, eps: float, dtype: torch.dtype) -> Tensor:
