@@ -65,7 +65,7 @@ def test_the_same_key_again_and_again(chunk):
     inputs = [q, k[:, :1].expand_as(k).contiguous(), v, torch.zeros_like(beta), 1.0 + beta, state]
     truth = with_grads(gated_delta_rule_reference, [x.double() for x in inputs])
     with using("gated_delta_rule", "chunk", dict(C=chunk)):
-        near(with_grads(gated_delta_rule_triton, inputs), truth, 1e-5 if DEVICE == "cpu" else 6e-2)
+        near(with_grads(gated_delta_rule_triton, inputs), truth, 1e-5 if DEVICE == "cpu" else 2e-2)
 
 
 def test_long_decay_keeps_small_differences():
