@@ -128,7 +128,10 @@ def _reverse_ends(
     Q_ROW: tl.constexpr, K_ROW: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """d_M^T [V, K] before each part but the first: d_last [K, V] is after the last part; after the others 0 stands for what `_reverse_chain` adds."""
+    """d_M^T [V, K] before each part but the first, from d_last [K, V] after the last part, and from 0 after the others.
+
+    What really is after those, `_reverse_chain` adds.
+    """
     pid = tl.program_id(0).to(tl.int64)
     slices: tl.constexpr = (V + BV - 1) // BV
     part, memory = pid // slices % (PARTS - 1) + 1, pid // slices // (PARTS - 1)
