@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from seqzoo.kernels import gpu as ground
-from seqzoo.kernels.gated_delta_rule import gpu
+from seqzoo.kernels.gated_delta_rule import gpu, gpu_call
 from seqzoo.kernels.gated_delta_rule.gpu import gated_delta_rule_triton
 from seqzoo.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from seqzoo.kernels.gpu.tables import using
@@ -115,7 +115,7 @@ def test_same_bits_alone_in_a_batch_and_packed():
 )
 def test_split(monkeypatch, parts, T, starts, has_state):
     """The sequence in parts that run at once: the definition, forward and backward, and a batch's bits."""
-    monkeypatch.setattr(gpu, "_parts", parts)
+    monkeypatch.setattr(gpu_call, "parts", parts)
     *time, state = draw(2, T, 1, 2, 8, 12, fading=4.0)
     if not has_state:
         state.zero_()
@@ -129,18 +129,18 @@ def test_split(monkeypatch, parts, T, starts, has_state):
 
 
 def test_splits_where_heads_are_few():
-    split = lambda T, HV: gpu._split(T, HV, 128, 128, 64, "sm_90")
+    split = lambda T, HV: gpu_call.split(T, HV, 128, 128, 64, "sm_90")
     assert split(32768, 8) == 16 and split(32768, 32) == 4  # 16 of 132 multiprocessors would work, or 64
     assert split(131072, 4) == 33 and split(4096, 8) == 1 and split(1, 1) == 1
-    assert gpu._split(10**6, 1, 136, 128, 64, "gfx942") == 1
-    assert gpu._split(10**6, 1, 128, 128, 64, "gfx942") * -(-15625 // 304) >= 15625  # the parts hold all chunks
+    assert gpu_call.split(10**6, 1, 136, 128, 64, "gfx942") == 1
+    assert gpu_call.split(10**6, 1, 128, 128, 64, "gfx942") * -(-15625 // 304) >= 15625  # the parts hold all chunks
 
 
 def test_strides_are_followed():
     """q, k, v as views into one wider tensor are not copied."""
     wide = torch.randn(2, 20, 2 * 2 * 3 + 4 * 5, device=DEVICE)
     q, k, v = (x.unflatten(-1, (-1, w)) for x, w in zip(wide.split([6, 6, 20], dim=-1), (3, 3, 5), strict=True))
-    assert all(gpu._rows(x) is x for x in (q, k, v)) and gpu._rows(q.mT) is not q.mT
+    assert all(gpu_call.rows_of(x) is x for x in (q, k, v)) and gpu_call.rows_of(q.mT) is not q.mT
     g, beta = -torch.rand(2, 4, 20, device=DEVICE).mT, torch.rand(2, 20, 8, device=DEVICE)[..., ::2]
     for a, b in zip(
         gated_delta_rule_triton(q, k, v, g, beta, None), gated_delta_rule_reference(q, k, v, g, beta, None), strict=True

@@ -25,20 +25,14 @@ products); the memory, A, P, Z and E are rounded to bfloat16 as operands. float3
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from seqzoo.kernels.gpu import arch, interpreted, launch, needs_gpu, products, takes, tuned
+from seqzoo.kernels.gated_delta_rule.gpu_call import Call, call_of, padded, rows_of
+from seqzoo.kernels.gpu import needs_gpu, products, takes
 
-OP = "gated_delta_rule"
 WIDEST = 256  # K and V
-MULTIPROCESSORS = dict(sm_80=108, sm_86=84, sm_90=132, sm_100=148, gfx942=304)
-TOKENS = 32768  # that a device is taken to have at once: shorter sequences come in batches, and fill it by themselves
-CHAINED = 128  # K of a move [K, K] in fp32 that shared memory can hold
-SHORTEST = 16  # chunks a part has at least
-_parts: int | None = None  # in place of what `_split` would say
 
 
 def able(q: Tensor, v: Tensor) -> bool:
@@ -65,90 +59,8 @@ def gated_delta_rule_triton(
     return o.to(dtype), last
 
 
-class _Call(NamedTuple):
-    """Sizes of a call, and how its kernels are started."""
-
-    B: int
-    T: int
-    H: int
-    HV: int
-    K: int
-    V: int
-    C: int
-    parts: int
-    rows: tuple[int, int, int]  # from a token to the next in q, k and v
-    like: Tensor
-
-    @property
-    def chunks(self) -> int:
-        return -(-self.T // self.C)
-
-    @property
-    def length(self) -> int:
-        """Chunks of a part; the last may have fewer."""
-        return -(-self.chunks // self.parts)
-
-    def empty(self, *shape: int, small: bool = True) -> Tensor:
-        """For what kernels hand each other: as operands where `small`, else in fp32."""
-        half = small and self.like.dtype == torch.bfloat16 and not interpreted()
-        return self.like.new_empty(shape, dtype=torch.bfloat16 if half else torch.float32)
-
-    def per_token(self, *width: int, small: bool = True) -> Tensor:
-        """By memory and token, in whole chunks."""
-        return self.empty(self.B, self.HV, self.chunks * self.C, *width, small=small)
-
-    def config(self, kernel: str) -> dict[str, Any]:
-        """From the table."""
-        return tuned(OP, kernel, self.like.device, self.like.dtype, K=self.K, V=self.V)
-
-    def slices(self, config: dict[str, Any], width: int | None = None) -> int:
-        """Into which V, or `width`, is cut."""
-        return -(-(width or self.V) // config["BV"])
-
-    def start(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-        """A kernel over the tokens."""
-        sizes = dict(H=self.H, HV=self.HV, K=self.K, V=self.V, C=self.C, BK=_padded(self.K))
-        sizes |= dict(zip(("Q_ROW", "K_ROW", "V_ROW"), self.rows, strict=True)) | products(self.like)
-        sizes["LEVELS"] = self.C.bit_length() - 1
-        wanted = {name: sizes[name] for name in kernel.arg_names if name in sizes}
-        launch(kernel, (programs,), *arguments, **wanted | constants)
-
-
-def _padded(width: int) -> int:
-    """The power of two that a product takes."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
-def _call(q: Tensor, k: Tensor, v: Tensor) -> _Call:
-    (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
-    C = tuned(OP, "chunk", v.device, v.dtype, K=K, V=V)["C"]
-    rows = tuple(x.stride(1) if x.shape[1] > 1 else x.stride(0) for x in (q, k, v))
-    return _Call(B, T, H, HV, K, V, C, _split(T, HV, K, V, C, arch(v.device)), rows, v)
-
-
-def _split(T: int, HV: int, K: int, V: int, C: int, arch: str) -> int:
-    """Into how many parts the serial kernels cut a sequence: 1, or 3 and more."""
-    chunks = -(-T // C)
-    if K > CHAINED:
-        return 1
-    wanted = _parts
-    if wanted is None:
-        programs = max(1, TOKENS // T) * HV * -(-V // 64)
-        wanted = min(2 * MULTIPROCESSORS[arch] // programs, chunks // SHORTEST)  # two programs run on each at once
-        wanted = wanted if wanted >= 3 else 1
-    length = -(-chunks // min(wanted, chunks))
-    return -(-chunks // length)  # no part is empty
-
-
-def _rows(x: Tensor) -> Tensor:
-    """A token's heads adjacent, tokens at one distance through the batch; a view into a wider tensor may stay one."""
-    B, T, H, W = x.shape
-    fits = x.stride(3) == 1 and (H == 1 or x.stride(2) == W) and (B == 1 or T == 1 or x.stride(0) == T * x.stride(1))
-    return x if fits else x.contiguous()
-
-
 def _prepare(
-    call: _Call, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, starts: Tensor | None, A: Tensor | None
+    call: Call, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, starts: Tensor | None, A: Tensor | None
 ) -> tuple[Tensor, ...]:
     """P, e, f and beta by memory and token; A, where it is given, is filled."""
     from seqzoo.kernels.gated_delta_rule import gpu_prepare
@@ -171,9 +83,9 @@ def forward(
     """o, the last memory, and for backward A; where the sequence is split also what `_ends` and `_chain` made of it."""
     from seqzoo.kernels.gated_delta_rule import gpu_forward
 
-    q, k, v, g, beta = _rows(q), _rows(k), _rows(v), g.contiguous(), beta.contiguous()
+    q, k, v, g, beta = rows_of(q), rows_of(k), rows_of(v), g.contiguous(), beta.contiguous()
     state, starts = (None if x is None else x.contiguous() for x in (state, starts))
-    call = _call(q, k, v)
+    call = call_of(q, k, v)
     memories, n = (call.B, call.HV), call.B * call.HV
     sizes = call.T, call.chunks, call.length, call.parts
     A = call.per_token(call.C)
@@ -221,9 +133,14 @@ def backward(
     """Gradients of q, k, v, g, beta and the first memory, from what `forward` was given and kept."""
     from seqzoo.kernels.gated_delta_rule import gpu_gradients, gpu_reverse
 
-    q, k, v, g, beta, d_o, d_last = _rows(q), _rows(k), _rows(v), *(x.contiguous() for x in (g, beta, d_o, d_last))
+    q, k, v, g, beta, d_o, d_last = (
+        rows_of(q),
+        rows_of(k),
+        rows_of(v),
+        *(x.contiguous() for x in (g, beta, d_o, d_last)),
+    )
     state, starts = (None if x is None else x.contiguous() for x in (state, starts))
-    call = _call(q, k, v)
+    call = call_of(q, k, v)
     memories, n = (call.B, call.HV), call.B * call.HV
     sizes = call.T, call.chunks, call.length, call.parts
     P, *gates = _prepare(call, q, k, g, beta, starts, None)
@@ -257,7 +174,7 @@ def backward(
     d_q, d_k, d_v, d_g, d_beta = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta))
     grouped = call.HV > call.H
     config = call.config("gradients")
-    config["BK"] = min(config["BK"], _padded(call.K))
+    config["BK"] = min(config["BK"], padded(call.K))
     by_head = [x.new_empty(*v.shape[:3], call.K) if grouped else x for x in (d_q, d_k)]
     call.start(
         gpu_gradients._gradients,
@@ -288,7 +205,7 @@ def _op(
 
 @_op.register_fake
 def _(q, k, v, g, beta, state, starts, keep):
-    call = _call(q, k, v)
+    call = call_of(q, k, v)
     memories = call.B, call.HV
     o, last = torch.empty(v.shape, dtype=v.dtype, device=v.device), call.empty(*memories, call.K, call.V, small=False)
     if not keep:

@@ -21,6 +21,7 @@ import torch
 KERNELS = Path(__file__).parent.parent
 ARCHES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")  # that the tables know
 SHARED = dict(sm_80=163, sm_86=99, sm_90=227, sm_100=227, gfx942=64)  # KiB a program may have
+MULTIPROCESSORS = dict(sm_80=108, sm_86=84, sm_90=132, sm_100=148, gfx942=304)  # of the largest chip of its kind
 _arch: str | None = None  # in place of the device's own
 _instead: dict[tuple[str, str], dict[str, Any]] = {}  # (op, kernel) -> a configuration in place of the table's
 _asked: list[tuple[str, str, str, int]] | None = None  # where lookups are gathered

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from seqzoo.kernels.gpu import arch, launch, products, tuned
+from seqzoo.kernels.gpu.tables import MULTIPROCESSORS
 
 OP = "linear_attention"
 C = 64  # tokens of a chunk, as in gpu_parts
 NONE, HEAD, CHANNEL = 0, 1, 2  # kinds of decay, as in gpu_parts
-PROCESSORS = dict(sm_80=108, sm_86=84, sm_90=132, sm_100=148, gfx942=304)
 FEWEST = 32  # chunks of a segment: fewer are not worth what it costs to find the memory they start with
 
 
@@ -34,7 +34,9 @@ class Call:
         self.dot = products(v)
         self.scratch = torch.bfloat16 if str(self.dot["DOT"]) == "bf16" else torch.float32
         self.heads = dict(R=self.H // self.G, G=self.G, K=self.K)
-        most = max(1, min(PROCESSORS[arch(v.device)] // self.G, self.N // FEWEST)) if segments is None else segments
+        most = (
+            max(1, min(MULTIPROCESSORS[arch(v.device)] // self.G, self.N // FEWEST)) if segments is None else segments
+        )
         self.length = -(-self.N // min(most, self.N))  # chunks of a segment
         self.segments = -(-self.N // self.length)
 
