@@ -572,7 +572,7 @@ def plain_keys(**changes):
         (dict(skip="down"), "spikes: skip: expected a list of regular expressions, got 'down'"),
         (dict(skip=None), "spikes: skip: expected a list of regular expressions, got None"),
         (dict(skip=["("]), r"spikes: skip: expected a regular expression, got '\('"),
-        ([3.0], r"spikes: expected keys of .* got \[3.0\]"),
+        ([3.0], r"spikes: expected a mapping or null, got \[3.0\]"),
     ],
     ids=str,
 )
