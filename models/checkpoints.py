@@ -4,36 +4,21 @@ A folder holds config.json and either model.safetensors or several shards with m
 """
 
 import json
+import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from seqzoo.models.tensor_file import CODES, DTYPES, Head, TensorFile
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 RUN_FILES = MANIFEST, RUN_TENSORS, RUN_FACTS = "manifest.json", "training.safetensors", "training.json"  # a run's own
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-
-
-class Head(NamedTuple):
-    """What a file's header says of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: str  # in safetensors' words, as BF16
-    file: str
-
-    @property
-    def bytes(self) -> int:
-        size = DTYPES[self.dtype].itemsize
-        for n in self.shape:
-            size *= n
-        return size
 
 
 class Folder:
@@ -53,17 +38,28 @@ class Folder:
         self.index = self._read_index() if files is None else None
         if files is None:
             files = [SINGLE] if self.index is None else sorted(set(self.index["weight_map"].values()))
-        self._open = {file: self._open_file(file) for file in files}
-        self.metadata = {file: opened.metadata() or {} for file, opened in self._open.items()}
+        self._open = {file: TensorFile(self.path / file) for file in files}
+        self.metadata = {file: opened.metadata for file, opened in self._open.items()}
         self.heads: dict[str, Head] = {}
-        for file, opened in self._open.items():
-            for name in opened.keys():  # noqa: SIM118 - it is no dict
-                self._add(name, file, opened)
+        for opened in self._open.values():
+            for name, head in opened.heads.items():
+                self._add(name, head)
         if self.index is not None:
             self._check_index()
 
     def read(self, name: str) -> Tensor:
-        return self._open[self.heads[name].file].get_tensor(name)
+        """Not to be written to: it is the file."""
+        return self._open[self.heads[name].file].read(name)
+
+    def release(self) -> None:
+        """Let go of the memory that was mapped in by reading; tensors still in use are mapped in again when touched."""
+        for opened in self._open.values():
+            opened.release()
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of every file's header."""
+        return {file: opened.digest for file, opened in self._open.items()}
 
     @property
     def files(self) -> list[str]:
@@ -91,17 +87,10 @@ class Folder:
                 raise ValueError(f"{index}: shard {file} is missing from the folder")
         return content
 
-    def _open_file(self, file: str):
-        try:
-            return safe_open(self.path / file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.path / file}: truncated or no safetensors file: {error}") from None
-
-    def _add(self, name: str, file: str, opened: Any) -> None:
+    def _add(self, name: str, head: Head) -> None:
         if name in self.heads:
-            raise ValueError(f"{self.path}: tensor {name} is in two shards, {self.heads[name].file} and {file}")
-        view = opened.get_slice(name)
-        self.heads[name] = Head(tuple(view.get_shape()), view.get_dtype(), file)
+            raise ValueError(f"{self.path}: tensor {name} is in two shards, {self.heads[name].file} and {head.file}")
+        self.heads[name] = head
 
     def _check_index(self) -> None:
         places = self.index["weight_map"]
@@ -177,12 +166,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_tensors(
-    path: Path, heads: Mapping[str, Head], read: Callable[[str], Tensor], metadata: Mapping[str, str]
+    path: Path, heads: Mapping[str, Head], chunks: Callable[[str], Iterable[Tensor]], metadata: Mapping[str, str]
 ) -> None:
-    """One safetensors file of these tensors, each asked for when its turn has come.
+    """One safetensors file of these tensors, each asked for when its turn has come; on the disk when this returns.
 
     The wide dtypes come first, so that every tensor is aligned to its own size, in the order that safetensors' own
-    writer has; otherwise the order is that of `heads`.
+    writer has; otherwise the order is that of `heads`. `chunks(name)`: a tensor in pieces that lie one after the other.
     """
     names = sorted(heads, key=lambda name: list(DTYPES).index(heads[name].dtype))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -197,11 +186,14 @@ def write_tensors(
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            file.write(_bytes(read(name), heads[name]))
+            written = sum(file.write(_bytes(x, heads[name])) for x in chunks(name))
+            assert written == heads[name].bytes, name
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _bytes(x: Tensor, head: Head) -> memoryview:
-    assert (tuple(x.shape), CODES[x.dtype]) == (head.shape, head.dtype)
+    assert CODES[x.dtype] == head.dtype
     return x.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 

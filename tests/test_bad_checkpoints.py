@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import seqzoo  # noqa: F401 - makes the auto classes know ours
 from seqzoo.models import checkpoints
 from seqzoo.models.checkpoints import INDEX, SINGLE
-from seqzoo.models.convert import architectures, convert, folders
+from seqzoo.models.convert import architectures, convert, writing
 from seqzoo.models.convert.cli import main
 
 
@@ -295,7 +295,7 @@ def test_full_disk(sound, tmp_path, monkeypatch):
     """Seen before it begins, or in the midst of it: nothing is left."""
     little = shutil.disk_usage(tmp_path)._replace(free=1000)
     with monkeypatch.context() as patch:
-        patch.setattr(folders.shutil, "disk_usage", lambda path: little)
+        patch.setattr(writing.shutil, "disk_usage", lambda path: little)
         with pytest.raises(ValueError, match="no space left: expected .* bytes, got 1,000"):
             convert(sound / "theirs", tmp_path / "new")
 
@@ -307,23 +307,6 @@ def test_full_disk(sound, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no space left, nothing was written"):
         convert(sound / "theirs", tmp_path / "new")
     assert not list(tmp_path.iterdir())
-
-
-def test_interrupted_conversion(sound, tmp_path, monkeypatch):
-    """Stopped by the user, nothing is left; killed, what is left is named and not taken for a checkpoint."""
-
-    def stopped(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(folders.os, "replace", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            convert(sound / "theirs", tmp_path / "new")
-    assert not list(tmp_path.iterdir())
-    (tmp_path / ".new.partial").mkdir()
-    with pytest.raises(ValueError, match=r"\.new\.partial: an interrupted conversion left it"):
-        convert(sound / "theirs", tmp_path / "new")
-    assert not (tmp_path / "new").exists()
 
 
 def test_the_command_says_it_in_one_line(tmp_path, capsys):

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seqzoo.models.checkpoints import MANIFEST, RUN_FILES
 from seqzoo.models.convert import convert
-from seqzoo.models.convert import folders as conversion
+from seqzoo.models.convert import writing as conversion
 from seqzoo.training import checkpoint as checkpoint_module
 from seqzoo.training import trainer as trainer_module
 from seqzoo.training.checkpoint import Checkpoints, choose, damage_of, load_facts, load_tensors

@@ -19,7 +19,7 @@ from seqzoo.models.checkpoints import read_json
 if TYPE_CHECKING:
     from seqzoo.models.convert.report import Report
 
-_HOUSE = {"cli", "folders", "origin", "report", "rules"}  # the files here that are no architecture
+_HOUSE = {"cli", "folders", "origin", "report", "rules", "writing"}  # the files here that are no architecture
 
 
 def architectures() -> list[str]:
@@ -35,11 +35,18 @@ def architecture(name: Any) -> ModuleType:
 
 
 def convert(
-    src: str | Path, dst: str | Path, *, to: str | None = None, max_shard_size: int = 5 * 10**9, dry_run: bool = False
+    src: str | Path,
+    dst: str | Path,
+    *,
+    to: str | None = None,
+    max_shard_size: int = 5 * 10**9,
+    dry_run: bool = False,
+    allow_nonfinite: bool = False,
 ) -> "Report":
     """A checkpoint folder of another architecture into one of ours, or back; SRC's config says which.
 
-    Tensor after tensor, memory-mapped; DST appears when it is complete. What ours has no room for is kept in DST, so
+    Tensor after tensor, memory-mapped; DST appears when it is complete, and the same call goes on where one was
+    interrupted. What ours has no room for is kept in DST, so
     that the way back gives every tensor of SRC as it was: name, shape, dtype, bytes and file.
 
     Args:
@@ -48,18 +55,19 @@ def convert(
         to: the architecture to write; None is ours, or for one of ours what it came from or the only one that fits.
         max_shard_size: [bytes] of one file, where no origin says how the files were.
         dry_run: only look at the headers, write nothing.
+        allow_nonfinite: take NaN and infinity in weights as they are.
 
     Returns:
         The report: every tensor's fate. `str()` of it is a table.
 
     Raises:
         ValueError: an unknown architecture or feature, a folder that is damaged, tensors that do not fit the config,
-            a DST that is not empty, no space left.
+            a DST that is not empty, weights that are not finite, no space left.
     """
-    from seqzoo.models.convert import folders  # it needs transformers, which a list of architectures does not
+    from seqzoo.models.convert import folders, writing  # they need transformers, which a list of architectures does not
 
     src, dst = Path(src), Path(dst)
-    folders.check_target(src, dst)
+    writing.check_target(src, dst)
     kind, known = read_json(src / "config.json").get("model_type"), architectures()
     if kind not in (*known, "seqzoo"):
         raise ValueError(f"{src / 'config.json'}: model_type: expected one of {known} or 'seqzoo', got {kind!r}")
@@ -71,5 +79,5 @@ def convert(
     else:
         plan = folders.to_ours(src, kind, max_shard_size)
     if not dry_run:
-        folders.write(plan, dst)
+        writing.write(plan, dst, allow_nonfinite=allow_nonfinite)
     return plan.report

@@ -1,10 +1,8 @@
-"""A conversion of folders: planned from the headers, then written tensor by tensor."""
+"""A conversion of folders, planned from the headers alone."""
 
-import errno
+import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,39 +16,115 @@ from seqzoo.models.config import SeqZooConfig
 from seqzoo.models.convert import architecture, architectures
 from seqzoo.models.convert.origin import EXTRA, RECORD, Origin
 from seqzoo.models.convert.report import Fate, Report
-from seqzoo.models.convert.rules import Row, Step, describe, differences, expected_of
+from seqzoo.models.convert.rules import COPY, Row, Step, describe, differences, expected_of
 
 NOTHING = "$^"
+CHUNK = 16 * 2**20  # [bytes] looked at and written at a time
+
+
+class Reader:
+    """Runs the step that gives a tensor; the last one's results stay at hand, for they are asked for in a row.
+
+    `read`: gives what the steps read; `rest`: what no step gives, likewise from it where None.
+    """
+
+    def __init__(
+        self, steps: Iterable[Step], read: Callable[[str], Tensor], rest: Callable[[str], Tensor] | None = None
+    ) -> None:
+        self._step = {name: step for step in steps for name in step.targets}
+        self._read, self._rest = read, rest or read
+        self._last: Step | None = None
+        self._made: dict[str, Tensor] = {}
+
+    def __call__(self, name: str) -> Tensor:
+        step = self._step.get(name)
+        if step is None:
+            return self._rest(name)
+        if step is not self._last:
+            self._made = {}  # before the next results are made, or both would be held
+            self._last, self._made = step, step.run(self._read)
+        return self._made[name]
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """The tensor's numbers from first to last, at most CHUNK bytes at a time."""
+        step = self._step.get(name)
+        pieces = step.pieces(self._read) if step is not None and step.comes_in_pieces else [self(name)]
+        for piece in pieces:
+            yield from piece.contiguous().reshape(-1).split(CHUNK // piece.element_size())
+
+
+class Opened(NamedTuple):
+    """A folder of any architecture seen as one of ours. No tensor has been read."""
+
+    kind: str  # what it is on the disk
+    config: SeqZooConfig
+    source: Folder
+    steps: list[Step]  # from its tensors to ours
+    kept: dict[str, Head]  # its tensors that ours has no room for
+
+    @property
+    def heads(self) -> dict[str, Head]:
+        """Every tensor of ours; in no file."""
+        return {name: head for step in self.steps for name, head in step.heads.items()}
 
 
 class Plan(NamedTuple):
     """All that will be written, but the values."""
 
     heads: dict[str, Head]  # every tensor, in its order, with the file it goes to
-    read: Callable[[str], Tensor]
+    read: Reader
     metadata: dict[str, dict[str, str]]  # file -> what its header says beside the tensors
     index: dict[str, Any] | None  # what the index says beside the tensors; None is no index
     texts: dict[str, str]  # file -> content
-    source: Path
+    source: Folder
     report: Report
+
+    @property
+    def files(self) -> dict[str, dict[str, Head]]:
+        """File -> the tensors in it."""
+        files: dict[str, dict[str, Head]] = {}
+        for name, head in self.heads.items():
+            files.setdefault(head.file, {})[name] = head
+        return files
+
+    def state(self) -> dict[str, Any]:
+        """What has to be the same for a conversion to go on where it stopped: every file's state, and the plan."""
+        stats = {name: (self.source.path / name).stat() for name in [*self.source.files, *self.report.carried]}
+        facts: dict[str, Any] = {f"source {name}": [x.st_size, x.st_mtime_ns] for name, x in stats.items()}
+        facts |= {f"header of {name}": digest for name, digest in self.source.digests.items()}
+        plan = [[[name, *head] for name, head in self.heads.items()], self.metadata, self.index, self.texts]
+        fates = [[fate.what, list(fate.sources), list(fate.targets)] for fate in self.report.fates]
+        return facts | {"what is to be written": hashlib.sha256(json.dumps([plan, fates]).encode()).hexdigest()}
+
+
+def open_as_ours(src: Path, kind: Any) -> Opened:
+    """`kind`: the model_type of its config.json. Errors: `convert`."""
+    if kind == "seqzoo":
+        config, source = _config(src), Folder(src)
+        checkpoints.check_heads(src, source.heads, shapes_of(config), NOTHING)
+        rows, kept_names = [Row((name,), (name,), COPY) for name in source.heads], NOTHING
+    else:
+        theirs = architecture(kind)
+        config, source = theirs.to_ours(checkpoints.read_json(src / "config.json")), Folder(src)
+        rows, kept_names = theirs.rows(config, source.heads), theirs.KEPT
+        checkpoints.check_heads(src, source.heads, expected_of(rows, shapes_of(config)), kept_names)
+    steps = [Step(row, to_ours=True, heads=source.heads, recorded={}) for row in rows]
+    used = {name for step in steps for name in step.sources}
+    kept = {name: head for name, head in source.heads.items() if name not in used}
+    if kind != "seqzoo" and hasattr(theirs, "check_kept"):
+        theirs.check_kept(config, {name: source.read(name) for name in kept})
+    return Opened(kind, config, source, steps, kept)
 
 
 def to_ours(src: Path, kind: Any, max_shard_size: int) -> Plan:
     """Arguments and errors: `convert`."""
-    theirs, raw = architecture(kind), checkpoints.read_json(src / "config.json")
-    config, source = theirs.to_ours(raw), Folder(src)
-    rows = theirs.rows(config, source.heads)
-    checkpoints.check_heads(src, source.heads, expected_of(rows, shapes_of(config)), theirs.KEPT)
-    steps = [Step(row, to_ours=True, heads=source.heads, recorded={}) for row in rows]
-    made = {name: head for step in steps for name, head in step.heads.items()}
-    used = {name for step in steps for name in step.sources}
-    extra = {name: head._replace(file=EXTRA) for name, head in source.heads.items() if name not in used}
-    if hasattr(theirs, "check_kept"):
-        theirs.check_kept(config, {name: source.read(name) for name in extra})
+    opened = open_as_ours(src, kind)
+    made, extra = opened.heads, {name: head._replace(file=EXTRA) for name, head in opened.kept.items()}
     heads = {**checkpoints.place(made, max_shard_size), **extra}
-    texts = {"config.json": config.to_json_string(), RECORD: Origin.of(kind, source).text()}
-    report = _report((kind, "seqzoo"), steps, source.heads, extra, src, source.files)
-    return Plan(heads, _Reader(steps, source.read), _metadata(heads), _index(made, heads), texts, src, report)
+    texts = {"config.json": opened.config.to_json_string(), RECORD: Origin.of(kind, opened.source).text()}
+    report = report_of((kind, "seqzoo"), opened.steps, opened.source, extra)
+    read = Reader(opened.steps, opened.source.read)
+    return Plan(heads, read, metadata_of(heads), index_of(made, heads), texts, opened.source, report)
 
 
 def from_ours(src: Path, to: str | None, max_shard_size: int) -> Plan:
@@ -70,50 +144,16 @@ def from_ours(src: Path, to: str | None, max_shard_size: int) -> Plan:
     recorded = {} if origin is None else origin.dtypes
     steps = [Step(row, to_ours=False, heads=source.heads, recorded=recorded) for row in rows]
     made = {name: head for step in steps for name, head in step.heads.items()} | kept.heads
-    report = _report(("seqzoo", kind), steps, source.heads, kept.heads, src, source.files)
     added = theirs.added(config) if origin is None and hasattr(theirs, "added") else {}
-    made |= {name: Head(tuple(x.shape), checkpoints.CODES[x.dtype], "") for name, x in added.items()}
+    fresh = {name: Head(tuple(x.shape), checkpoints.CODES[x.dtype], "") for name, x in added.items()}
+    report = report_of(("seqzoo", kind), steps, source, kept.heads, fresh)
+    made |= fresh
     rest = lambda name: added[name] if name in added else kept.read(name)
-    read, texts = _Reader(steps, source.read, rest), {"config.json": raw}
+    read, texts = Reader(steps, source.read, rest), {"config.json": raw}
     if origin is not None:
-        return Plan(origin.place(src, made), read, origin.metadata, origin.index, texts, src, report)
+        return Plan(origin.place(src, made), read, origin.metadata, origin.index, texts, source, report)
     heads = checkpoints.place(made, max_shard_size)
-    return Plan(heads, read, _metadata(heads), _index(made, heads), texts, src, report)
-
-
-def check_target(src: Path, dst: Path) -> None:
-    """Raises ValueError: no SRC, or a DST that is something."""
-    if not src.is_dir():
-        raise ValueError(f"{src}: no such folder")
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise ValueError(f"{dst}: expected a folder that is empty or not yet there, got one with something in it")
-
-
-def write(plan: Plan, dst: Path) -> None:
-    """Under another name beside DST, which is moved when all is there.
-
-    Raises:
-        ValueError: no space left, or what an interrupted conversion left is in the way.
-    """
-    dst = dst.resolve()
-    part = dst.with_name(f".{dst.name}.partial")
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    carried = sum((plan.source / name).stat().st_size for name in plan.report.carried)
-    needed, free = carried + sum(head.bytes for head in plan.heads.values()), shutil.disk_usage(dst.parent).free
-    if needed > free:
-        raise ValueError(f"{dst.parent}: no space left: expected {needed:,} bytes, got {free:,}")
-    try:
-        part.mkdir()
-    except FileExistsError:
-        raise ValueError(f"{part}: an interrupted conversion left it, or one is under way; remove it first") from None
-    try:
-        _fill(plan, part)
-        os.replace(part, dst)
-    except BaseException as error:
-        shutil.rmtree(part)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise ValueError(f"{dst.parent}: no space left, nothing was written") from error
-        raise
+    return Plan(heads, read, metadata_of(heads), index_of(made, heads), texts, source, report)
 
 
 def shapes_of(config: SeqZooConfig) -> dict[str, tuple[int, ...]]:
@@ -124,40 +164,39 @@ def shapes_of(config: SeqZooConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(x.shape) for name, x in model.state_dict().items() if name not in tied}
 
 
-class _Reader:
-    """Runs the step that gives a tensor; the last one's results stay at hand, for they are asked for in a row."""
-
-    def __init__(self, steps: Iterable[Step], *reads: Callable[[str], Tensor]) -> None:
-        self._step = {name: step for step in steps for name in step.targets}
-        self._read, self._kept = reads[0], reads[-1]
-        self._last: Step | None = None
-        self._made: dict[str, Tensor] = {}
-
-    def __call__(self, name: str) -> Tensor:
-        step = self._step.get(name)
-        if step is None:
-            return self._kept(name)
-        if step is not self._last:
-            self._made = {}  # before the next results are made, or both would be held
-            self._last, self._made = step, step.run(self._read)
-        return self._made[name]
+def metadata_of(heads: dict[str, Head]) -> dict[str, dict[str, str]]:
+    """What the headers of new files say."""
+    return {head.file: {"format": "pt"} for head in heads.values()}
 
 
-def _fill(plan: Plan, folder: Path) -> None:
-    files: dict[str, dict[str, Head]] = {}
-    for name, head in plan.heads.items():
-        files.setdefault(head.file, {})[name] = head
-    for name in plan.report.carried:
-        if name in files or name in (*plan.texts, checkpoints.INDEX):
-            raise ValueError(f"{plan.source / name}: not part of the checkpoint, but has the name of a file to write")
-        shutil.copyfile(plan.source / name, folder / name)
-    for file, heads in files.items():
-        checkpoints.write_tensors(folder / file, heads, plan.read, plan.metadata.get(file, {}))
-    if plan.index is not None:
-        indexed = {name: head for name, head in plan.heads.items() if head.file != EXTRA}
-        checkpoints.write_index(folder, indexed, plan.index)
-    for file, text in plan.texts.items():
-        (folder / file).write_bytes(text.encode())
+def index_of(made: dict[str, Head], heads: dict[str, Head]) -> dict[str, Any] | None:
+    """What the index of new files says; None where one file needs none. `made`: what an index is of."""
+    if len({heads[name].file for name in made}) == 1:
+        return None
+    return {"total_size": sum(heads[name].bytes for name in made)}
+
+
+def report_of(
+    names: tuple[str, str],
+    steps: list[Step],
+    source: Folder,
+    kept: dict[str, Head],
+    fresh: dict[str, Head] | None = None,
+) -> Report:
+    """Of a conversion by steps. `names`: the architectures; `kept`, `fresh`: tensors that no step gives."""
+    fates = [Fate(step.fate, {name: source.heads[name] for name in step.sources}, step.heads) for step in steps]
+    fates += [Fate("kept", {name: head}, {name: head}) for name, head in kept.items()]
+    fates += [Fate("fresh", {}, {name: head}) for name, head in (fresh or {}).items()]
+    return Report(*names, fates, *files_beside(source))
+
+
+def files_beside(source: Folder) -> tuple[list[str], list[str]]:
+    """The names of what a conversion carries along, and of what it leaves."""
+    written = {"config.json", checkpoints.INDEX, RECORD, EXTRA, *source.files}
+    others = sorted(path for path in source.path.iterdir() if path.name not in written)
+    useless = {path.name for path in others if path.suffix in checkpoints.PICKLES} | set(checkpoints.RUN_FILES)
+    carried = [path.name for path in others if path.is_file() and path.name[0] != "." and path.name not in useless]
+    return carried, [path.name for path in others if path.name not in carried]
 
 
 def _config(src: Path) -> SeqZooConfig:
@@ -196,30 +235,3 @@ def _unchanged(src: Path, origin: Origin, config: SeqZooConfig, theirs: Any) -> 
             f"remove {RECORD} to convert without the origin's own config and files"
         )
     return origin.config
-
-
-def _metadata(heads: dict[str, Head]) -> dict[str, dict[str, str]]:
-    return {head.file: {"format": "pt"} for head in heads.values()}
-
-
-def _index(made: dict[str, Head], heads: dict[str, Head]) -> dict[str, Any] | None:
-    if len({heads[name].file for name in made}) == 1:
-        return None
-    return {"total_size": sum(heads[name].bytes for name in made)}
-
-
-def _report(
-    names: tuple[str, str],
-    steps: list[Step],
-    sources: dict[str, Head],
-    kept: dict[str, Head],
-    src: Path,
-    files: list[str],
-) -> Report:
-    fates = [Fate(step.fate, {name: sources[name] for name in step.sources}, step.heads) for step in steps]
-    fates += [Fate("kept", {name: head}, {name: head}) for name, head in kept.items()]
-    written = {"config.json", checkpoints.INDEX, RECORD, EXTRA, *files}
-    others = sorted(path for path in src.iterdir() if path.name not in written)
-    useless = {path.name for path in others if path.suffix in checkpoints.PICKLES} | set(checkpoints.RUN_FILES)
-    carried = [path.name for path in others if path.is_file() and path.name[0] != "." and path.name not in useless]
-    return Report(*names, fates, carried, [path.name for path in others if path.name not in carried])
