@@ -6,6 +6,13 @@ without importing transformers: whoever wants only layers does not wait for it.
 
 import sys
 from importlib import import_module, machinery
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from seqzoo.models.causal_lm import SeqZooForCausalLM
 
 __version__ = "0.1.0"
 
@@ -21,6 +28,38 @@ def _config() -> type:
 
 def _model() -> type:
     return import_module("seqzoo.models.causal_lm").SeqZooForCausalLM
+
+
+def load(
+    path_or_id: str | Path,
+    *,
+    dtype: "torch.dtype | None" = None,
+    device: "str | torch.device | None" = None,
+    revision: str | None = None,
+    pickle: bool = False,
+    allow_nonfinite: bool = False,
+) -> "SeqZooForCausalLM":
+    """A checkpoint of ours or of any architecture that seqzoo-convert knows, as our model, ready to run.
+
+    Tensor after tensor, memory-mapped: the model is in memory once, and nothing is written beside the hub's cache.
+
+    Args:
+        path_or_id: a folder, or a name on the hub, which is found as transformers finds it (HF_HOME, HF_HUB_OFFLINE).
+        dtype: of the weights; None is what the config says, or else what the files have.
+        device: where they go; None is the CPU.
+        revision: of a name on the hub.
+        pickle: read pickle files where there are no safetensors; nothing in them is run.
+        allow_nonfinite: take NaN and infinity in weights as they are.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        ValueError: no folder and no model on the hub that can be had; else as `seqzoo.models.convert.convert`.
+    """
+    found = import_module("seqzoo.models.convert.loading")
+    how = dict(dtype=dtype, device=device, revision=revision, pickle=pickle, allow_nonfinite=allow_nonfinite)
+    return found.load(path_or_id, **how)
 
 
 class _RegisterOnImport:

@@ -15,9 +15,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from seqzoo.models.pickle_file import PickleFile
 from seqzoo.models.tensor_file import CODES, DTYPES, Head, TensorFile
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PICKLE_INDEX, PICKLE_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 RUN_FILES = MANIFEST, RUN_TENSORS, RUN_FACTS = "manifest.json", "training.safetensors", "training.json"  # a run's own
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -25,21 +27,25 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 class Folder:
     """A checkpoint folder that is only looked at: `heads` by name, `read(name)` for one tensor, memory-mapped.
 
-    `files`: only these; None is those that are the checkpoint.
+    `files`: only these; None is those that are the checkpoint. `pickle`: where there are no safetensors, pickle files
+    are read, and nothing in them is run.
 
     Raises:
         ValueError: no such folder, no safetensors in it, a shard that is missing, truncated or no safetensors, or an
             index that says other than the shards.
     """
 
-    def __init__(self, path: str | Path, files: list[str] | None = None) -> None:
+    def __init__(self, path: str | Path, files: list[str] | None = None, *, pickle: bool = False) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
             raise ValueError(f"{self.path}: no such folder")
-        self.index = self._read_index() if files is None else None
+        self._pickle = pickle and not any((self.path / file).is_file() for file in (SINGLE, INDEX))
+        single, index = (PICKLE_SINGLE, PICKLE_INDEX) if self._pickle else (SINGLE, INDEX)
+        self.index = self._read_index(single, index) if files is None else None
         if files is None:
-            files = [SINGLE] if self.index is None else sorted(set(self.index["weight_map"].values()))
-        self._open = {file: TensorFile(self.path / file) for file in files}
+            files = [single] if self.index is None else sorted(set(self.index["weight_map"].values()))
+        opener = PickleFile if self._pickle else TensorFile
+        self._open = {file: opener(self.path / file) for file in files}
         self.metadata = {file: opened.metadata for file, opened in self._open.items()}
         self.heads: dict[str, Head] = {}
         for opened in self._open.values():
@@ -66,24 +72,27 @@ class Folder:
     def files(self) -> list[str]:
         return list(self._open)
 
-    def _read_index(self) -> dict[str, Any] | None:
-        single, index = self.path / SINGLE, self.path / INDEX
+    def _read_index(self, single_name: str, index_name: str) -> dict[str, Any] | None:
+        single, index, suffix = self.path / single_name, self.path / index_name, Path(single_name).suffix
         if single.is_file() and index.is_file():
-            raise ValueError(f"{self.path}: expected one of {SINGLE} and {INDEX}, got both")
+            raise ValueError(f"{self.path}: expected one of {single_name} and {index_name}, got both")
         if single.is_file():
             return None
         if not index.is_file():
             pickles = sorted(p.name for p in self.path.iterdir() if p.suffix in PICKLES)
-            if pickles:
-                raise ValueError(f"{self.path}: expected safetensors, got pickle files, which are not read: {pickles}")
-            raise ValueError(f"{self.path}: expected {SINGLE} or {INDEX}, got neither")
+            if pickles and not self._pickle:
+                raise ValueError(
+                    f"{self.path}: expected safetensors, got pickle files, which are not read unless asked "
+                    f"(--pickle): {pickles}"
+                )
+            raise ValueError(f"{self.path}: expected {single_name} or {index_name}, got neither")
         content = read_json(index)
         places = content.get("weight_map")
         if not isinstance(places, dict) or not places or not all(isinstance(x, str) for x in places.values()):
             raise ValueError(f"{index}: expected weight_map to be names to file names, got {str(places)[:80]}")
         for file in sorted(set(places.values())):
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise ValueError(f"{index}: expected names of .safetensors files beside it, got {file!r}")
+            if Path(file).name != file or not file.endswith(suffix):
+                raise ValueError(f"{index}: expected names of {suffix} files beside it, got {file!r}")
             if not (self.path / file).is_file():
                 raise ValueError(f"{index}: shard {file} is missing from the folder")
         return content
@@ -98,8 +107,9 @@ class Folder:
         absent = [name for name, file in places.items() if name not in self.heads or self.heads[name].file != file]
         unlisted = [name for name in self.heads if name not in places]
         if absent or unlisted:
+            index = self.path / (PICKLE_INDEX if self._pickle else INDEX)
             raise ValueError(
-                f"{self.path / INDEX}: names tensors its shards do not hold: {some(absent)}; "
+                f"{index}: names tensors its shards do not hold: {some(absent)}; "
                 f"shards hold tensors it does not name: {some(unlisted)}"
             )
 
@@ -133,6 +143,19 @@ def check_readable(where: str | Path | None, subfolder: str | None) -> None:
             weight = name.removesuffix("scales") + "weight"
             if name.endswith(".scales") and weight in heads and heads[weight].dtype != "I8":
                 raise ValueError(f"{where}: {weight}: expected dtype I8 beside scales, got {heads[weight].dtype}")
+
+
+def check_links(folder: Path) -> None:
+    """That a folder's links stay in it, or lead to where the hub's cache keeps the files of the same model.
+
+    Raises:
+        ValueError: one leads elsewhere; a folder that was unpacked could so make another file of this machine its own.
+    """
+    home = folder.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in homes):
+            raise ValueError(f"{path}: expected a file, or a link within {folder}, got one to {path.resolve()}")
 
 
 def check_loaded(where: str, info: Mapping[str, Any], *, shapes: bool) -> None:

@@ -86,13 +86,15 @@ def test_ladders_of_merged_models_are_seen(prefix, dtype, tmp_path):
     merged = {name: x.to(dtype) for name, x in merged.items()}
     ours = bdh.from_bdh_state_dict(merged, num_layers=3)
     assert ours.config.blocks["bdh"]["ladders"] == 2
-    (tmp_path / "config.json").write_text(json.dumps(dict(CONFIG, model_type="bdh", mlp_internal_dim_multiplier=8)))
+    theirs, config = tmp_path / "theirs", dict(CONFIG, model_type="bdh", mlp_internal_dim_multiplier=8)
+    theirs.mkdir()
+    (theirs / "config.json").write_text(json.dumps(config))
     others = merged | {prefix + "attn.freqs": 2 * merged[prefix + "attn.freqs"]}
     for tensors, message in ((merged, "expected 1 ladder, got 2"), (others, "expected ladders of theta")):
-        save_file(tensors, tmp_path / "model.safetensors")
+        save_file(tensors, theirs / "model.safetensors")
         for dry_run in (True, False):
             with pytest.raises(ValueError, match=f"attn.freqs: {message}"):
-                convert(tmp_path, tmp_path / "ours", dry_run=dry_run)
+                convert(theirs, tmp_path / "ours", dry_run=dry_run)
 
 
 def test_says_what_is_wrong(tmp_path):

@@ -14,12 +14,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from seqzoo.models.checkpoints import read_json
+from seqzoo.models.checkpoints import check_links, read_json
 
 if TYPE_CHECKING:
     from seqzoo.models.convert.report import Report
 
-_HOUSE = {"cli", "folders", "origin", "report", "rules", "writing"}  # the files here that are no architecture
+_HOUSE = {
+    "cli",
+    "folders",
+    "loading",
+    "origin",
+    "report",
+    "rules",
+    "verify",
+    "writing",
+}  # the files here that are no architecture
 
 
 def architectures() -> list[str]:
@@ -34,6 +43,18 @@ def architecture(name: Any) -> ModuleType:
     return import_module(f"{__name__}.{name}")
 
 
+def kind_of(folder: Path) -> str:
+    """The architecture that its config.json names. Raises ValueError: none that is known."""
+    config, known = read_json(folder / "config.json"), architectures()
+    kind = config.get("model_type")
+    if kind not in (*known, "seqzoo"):
+        named = f" ({config['architectures']})" if "architectures" in config else ""
+        raise ValueError(
+            f"{folder / 'config.json'}: model_type: expected one of {known} or 'seqzoo', got {kind!r}{named}"
+        )
+    return kind
+
+
 def convert(
     src: str | Path,
     dst: str | Path,
@@ -41,13 +62,15 @@ def convert(
     to: str | None = None,
     max_shard_size: int = 5 * 10**9,
     dry_run: bool = False,
+    verify: bool = False,
+    pickle: bool = False,
     allow_nonfinite: bool = False,
 ) -> "Report":
     """A checkpoint folder of another architecture into one of ours, or back; SRC's config says which.
 
     Tensor after tensor, memory-mapped; DST appears when it is complete, and the same call goes on where one was
-    interrupted. What ours has no room for is kept in DST, so
-    that the way back gives every tensor of SRC as it was: name, shape, dtype, bytes and file.
+    interrupted. What ours has no room for is kept in DST, so that the way back gives every tensor of SRC as it was:
+    name, shape, dtype, bytes and file.
 
     Args:
         src: a folder with config.json and safetensors.
@@ -55,6 +78,9 @@ def convert(
         to: the architecture to write; None is ours, or for one of ours what it came from or the only one that fits.
         max_shard_size: [bytes] of one file, where no origin says how the files were.
         dry_run: only look at the headers, write nothing.
+        verify: load both models, one after the other, whole and in fp32, and compare their logits; DST appears if they
+            agree. Where transformers has no class for one of them, the report says so.
+        pickle: read pickle files where SRC has no safetensors; nothing in them is run.
         allow_nonfinite: take NaN and infinity in weights as they are.
 
     Returns:
@@ -62,22 +88,22 @@ def convert(
 
     Raises:
         ValueError: an unknown architecture or feature, a folder that is damaged, tensors that do not fit the config,
-            a DST that is not empty, weights that are not finite, no space left.
+            a DST that is not empty or in SRC, weights that are not finite, logits that differ, no space left, a file
+            that cannot be read or written.
     """
-    from seqzoo.models.convert import folders, writing  # they need transformers, which a list of architectures does not
+    from seqzoo.models.convert import folders, writing  # they need transformers, a list does not
+    from seqzoo.models.convert import verify as verifying
 
     src, dst = Path(src), Path(dst)
-    writing.check_target(src, dst)
-    kind, known = read_json(src / "config.json").get("model_type"), architectures()
-    if kind not in (*known, "seqzoo"):
-        raise ValueError(f"{src / 'config.json'}: model_type: expected one of {known} or 'seqzoo', got {kind!r}")
-    choices = known if kind == "seqzoo" else ["seqzoo"]
-    if to not in (None, *choices):
-        raise ValueError(f"to: expected one of {choices} for a folder of {kind!r}, got {to!r}")
-    if kind == "seqzoo":
-        plan = folders.from_ours(src, to, max_shard_size)
-    else:
-        plan = folders.to_ours(src, kind, max_shard_size)
-    if not dry_run:
-        writing.write(plan, dst, allow_nonfinite=allow_nonfinite)
-    return plan.report
+    try:
+        writing.check_target(src, dst)
+        check_links(src)
+        plan = folders.plan(src, kind_of(src), to, max_shard_size=max_shard_size, pickle=pickle)
+        if dry_run and verify:
+            return plan.report._replace(verification=verifying.NOTHING_WRITTEN)
+        if dry_run:
+            return plan.report
+        check = (lambda folder: verifying.compare_logits(src, folder)) if verify else None
+        return plan.report._replace(verification=writing.write(plan, dst, allow_nonfinite=allow_nonfinite, check=check))
+    except OSError as error:
+        raise ValueError(f"{error.filename or dst}: {error.strerror or error}") from error

@@ -97,7 +97,15 @@ class Plan(NamedTuple):
         return facts | {"what is to be written": hashlib.sha256(json.dumps([plan, fates]).encode()).hexdigest()}
 
 
-def open_as_ours(src: Path, kind: Any) -> Opened:
+def plan(src: Path, kind: str, to: str | None, *, max_shard_size: int, pickle: bool) -> Plan:
+    """`kind`: what SRC is. Other arguments and errors: `convert`."""
+    choices = architectures() if kind == "seqzoo" else ["seqzoo"]
+    if to not in (None, *choices):
+        raise ValueError(f"to: expected one of {choices} for a folder of {kind!r}, got {to!r}")
+    return from_ours(src, to, max_shard_size) if kind == "seqzoo" else to_ours(src, kind, max_shard_size, pickle=pickle)
+
+
+def open_as_ours(src: Path, kind: Any, *, pickle: bool = False) -> Opened:
     """`kind`: the model_type of its config.json. Errors: `convert`."""
     if kind == "seqzoo":
         config, source = _config(src), Folder(src)
@@ -105,7 +113,7 @@ def open_as_ours(src: Path, kind: Any) -> Opened:
         rows, kept_names = [Row((name,), (name,), COPY) for name in source.heads], NOTHING
     else:
         theirs = architecture(kind)
-        config, source = theirs.to_ours(checkpoints.read_json(src / "config.json")), Folder(src)
+        config, source = theirs.to_ours(checkpoints.read_json(src / "config.json")), Folder(src, pickle=pickle)
         rows, kept_names = theirs.rows(config, source.heads), theirs.KEPT
         checkpoints.check_heads(src, source.heads, expected_of(rows, shapes_of(config)), kept_names)
     steps = [Step(row, to_ours=True, heads=source.heads, recorded={}) for row in rows]
@@ -116,9 +124,9 @@ def open_as_ours(src: Path, kind: Any) -> Opened:
     return Opened(kind, config, source, steps, kept)
 
 
-def to_ours(src: Path, kind: Any, max_shard_size: int) -> Plan:
+def to_ours(src: Path, kind: Any, max_shard_size: int, *, pickle: bool = False) -> Plan:
     """Arguments and errors: `convert`."""
-    opened = open_as_ours(src, kind)
+    opened = open_as_ours(src, kind, pickle=pickle)
     made, extra = opened.heads, {name: head._replace(file=EXTRA) for name, head in opened.kept.items()}
     heads = {**checkpoints.place(made, max_shard_size), **extra}
     texts = {"config.json": opened.config.to_json_string(), RECORD: Origin.of(kind, opened.source).text()}
@@ -192,7 +200,7 @@ def report_of(
 
 def files_beside(source: Folder) -> tuple[list[str], list[str]]:
     """The names of what a conversion carries along, and of what it leaves."""
-    written = {"config.json", checkpoints.INDEX, RECORD, EXTRA, *source.files}
+    written = {"config.json", checkpoints.INDEX, checkpoints.PICKLE_INDEX, RECORD, EXTRA, *source.files}
     others = sorted(path for path in source.path.iterdir() if path.name not in written)
     useless = {path.name for path in others if path.suffix in checkpoints.PICKLES} | set(checkpoints.RUN_FILES)
     carried = [path.name for path in others if path.is_file() and path.name[0] != "." and path.name not in useless]

@@ -28,8 +28,9 @@ class Origin(NamedTuple):
             config = (folder.path / "config.json").read_bytes().decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"{folder.path / 'config.json'}: expected UTF-8: {error}") from None
-        places = {name: [head.file, head.dtype] for name, head in folder.heads.items()}
-        return cls(architecture, config, places, folder.metadata, folder.index and folder.index.get("metadata", {}))
+        places = {name: [_as_safetensors(head.file), head.dtype] for name, head in folder.heads.items()}
+        metadata = {_as_safetensors(file): said for file, said in folder.metadata.items()}
+        return cls(architecture, config, places, metadata, folder.index and folder.index.get("metadata", {}))
 
     @classmethod
     def load(cls, folder: Path) -> "Origin | None":
@@ -66,3 +67,8 @@ class Origin(NamedTuple):
                 f"{folder / RECORD}: tensors it names are gone: {some(missing)}; it does not name: {some(new)}"
             )
         return {name: heads[name]._replace(file=file) for name, (file, _) in self.tensors.items()}
+
+
+def _as_safetensors(file: str) -> str:
+    """The name that it will have on the way back, which writes no pickles."""
+    return file if file.endswith(".safetensors") else f"{Path(file).stem.removeprefix('pytorch_')}.safetensors"
