@@ -116,6 +116,131 @@ def test_damaged_file(folder, side, how, damage):
     refused(damaged, how, SINGLE, "truncated or no safetensors file")
 
 
+def header(change):
+    """What makes of a file one whose header says what `change` makes of it: of the entries, or of the JSON itself."""
+
+    def damaged(data: bytes) -> bytes:
+        (length,) = struct.unpack("<Q", data[:8])
+        entries = json.loads(data[8 : 8 + length])
+        text = change(entries)
+        text = (text if isinstance(text, str) else json.dumps(entries)).encode()
+        return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+    return damaged
+
+
+def entry(entries, number):
+    """An entry by its place in the file, without the metadata."""
+    found = sorted((x for name, x in entries.items() if name != "__metadata__"), key=lambda x: x["data_offsets"])
+    return found[number]
+
+
+def twice(entries):
+    name, first = next((name, x) for name, x in entries.items() if name != "__metadata__")
+    return json.dumps(entries)[:-1] + f', "{name}": {json.dumps(first)}}}'
+
+
+MALICE = {
+    "a tensor over another": lambda x: entry(x, 1).update(data_offsets=entry(x, 0)["data_offsets"]),
+    "a hole": lambda x: x.pop(next(name for name in x if x[name] is entry(x, 1))),
+    "negative offsets": lambda x: entry(x, 0).update(data_offsets=[-8, entry(x, 0)["data_offsets"][1]]),
+    "offsets the wrong way round": lambda x: entry(x, 0)["data_offsets"].reverse(),
+    "offsets in quotes": lambda x: entry(x, 0).update(data_offsets=["0", "8"]),
+    "a shape for more bytes": lambda x: entry(x, 0)["shape"].append(2),
+    "a shape beyond 64 bits": lambda x: entry(x, 0).update(shape=[2**40, 2**40]),
+    "a negative shape": lambda x: entry(x, 0).update(shape=[-1, -1]),
+    "true for a size": lambda x: entry(x, 0).update(shape=[True]),
+    "another dtype": lambda x: entry(x, 0).update(dtype="F64"),
+    "a dtype that is no name": lambda x: entry(x, 0).update(dtype=[32]),
+    "a field too many": lambda x: entry(x, 0).update(code="x"),
+    "an entry that is none": lambda x: x.update(a=3),
+    "a name twice": twice,
+    "metadata that are no texts": lambda x: x.update(__metadata__={"format": 1}),
+    "JSON without an end": lambda x: '{"a": ' + "[" * 100_000,
+    "a list": lambda x: "[]",
+}
+
+
+@pytest.mark.parametrize("malice", MALICE)
+def test_malicious_header(folder, malice):
+    damaged = folder("theirs")
+    whole = (damaged / SINGLE).read_bytes()
+    assert header(lambda entries: None)(whole) != header(MALICE[malice])(whole)
+    (damaged / SINGLE).write_bytes(header(MALICE[malice])(whole))
+    refused(damaged, "convert", SINGLE, "truncated or no safetensors file")
+
+
+def test_a_sound_header_written_otherwise_is_read(folder):
+    """The damage above is damage: the same without it is not refused."""
+    other = folder("theirs")
+    (other / SINGLE).write_bytes(header(lambda entries: None)((other / SINGLE).read_bytes()))
+    convert(other, other.parent / "new")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("side", ["ours", "theirs"])
+def test_weights_that_are_not_finite(folder, side, value):
+    damaged = folder(side)
+    change(damaged, lambda tensors: tensors[BIAS[side]][1:2].fill_(value))
+    refused(damaged, "convert", BIAS[side], "expected finite weights", "--allow-nonfinite")
+    assert main([str(damaged), str(damaged.parent / "new"), "--allow-nonfinite"]) == 0
+    made = load_file(damaged.parent / "new" / SINGLE)[BIAS["theirs" if side == "ours" else "ours"]]
+    assert torch.equal(made.isfinite(), torch.tensor([True, False, True, True]))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", SINGLE, "config.json"])
+def test_links_out_of_the_folder(folder, tmp_path, name):
+    damaged, secret = folder("theirs"), tmp_path / "secret"
+    secret.write_bytes((damaged / name).read_bytes() if name != "tokenizer.json" else b"{}")
+    (damaged / name).unlink(missing_ok=True)
+    (damaged / name).symlink_to(secret)
+    refused(damaged, "convert", f"{damaged / name}: expected a file, or a link within", str(secret))
+
+
+def test_links_that_stay(folder, tmp_path):
+    """In the folder, as a link to a folder, and as the hub's cache has them."""
+    theirs = folder("theirs")
+    (theirs / SINGLE).rename(theirs / "weights")
+    (theirs / SINGLE).symlink_to("weights")
+    (tmp_path / "link").symlink_to(theirs)
+    convert(tmp_path / "link", tmp_path / "new")
+    cached = tmp_path / "models--a" / "snapshots" / "abc"
+    cached.mkdir(parents=True)
+    shutil.move(theirs, tmp_path / "models--a" / "blobs")
+    for name in ("config.json", SINGLE):
+        (cached / name).symlink_to(f"../../blobs/{name}")
+    convert(cached, tmp_path / "new too")
+
+
+@pytest.mark.parametrize("inside", ["new", "new/deeper", "."])
+def test_target_in_the_source(folder, inside):
+    source = folder("theirs")
+    before = sorted(source.iterdir())
+    with pytest.raises(ValueError, match="expected a folder"):
+        convert(source, source / inside)
+    assert sorted(source.iterdir()) == before
+
+
+def test_files_that_cannot_be_read(folder, tmp_path, monkeypatch):
+    source, is_open = folder("theirs"), Path.open
+    for name in ("config.json", SINGLE):
+
+        def denied(path, *args, name=name, **kwargs):
+            if path == source / name:
+                raise PermissionError(13, "Permission denied", str(path))
+            return is_open(path, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", denied)
+            refused(source, "convert", str(source / name), "not readable", "Permission denied")
+
+
+def test_target_that_cannot_be_made(sound, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="file: .*exists|Not a directory"):
+        convert(sound / "theirs", tmp_path / "file" / "new")
+
+
 @each_case
 def test_missing_shard(folder, side, how):
     damaged = folder(f"{side} in shards")
@@ -142,7 +267,18 @@ def test_index_that_leaves_tensors_out(folder, side, how):
     refused(damaged, how, INDEX, f"it does not name: {BIAS[side]}")
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../model.safetensors"}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../model.safetensors"}}'),
+        *(
+            '{"weight_map": {"a": "/etc/passwd"}}',
+            '{"weight_map": {"a": "x/y.safetensors"}}',
+            '{"weight_map": {"a": 1}}',
+        ),
+        '{"weight_map": {"a": "pytorch_model.bin"}}',
+    ],
+)
 def test_index_that_is_none(folder, content):
     damaged = folder("theirs in shards")
     (damaged / INDEX).write_text(content)
@@ -170,6 +306,7 @@ def test_pickles(folder, tmp_path):
         ('{"model_type": "folders"}', "got 'folders'"),
         ('{"model_type": ["seqzoo"]}', "got ['seqzoo']"),
         ('{"model_type": "gpt2"}', "got 'gpt2'"),
+        ('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}', "got 'gpt2' (['GPT2LMHeadModel'])"),
         ('{"model_type": "seqzoo", "colour": 1}', "unknown ['colour']"),
     ],
 )
@@ -235,7 +372,13 @@ def test_origin_that_names_other_tensors_or_places(folder):
     damaged = folder("ours")
     path = damaged / "seqzoo_origin.json"
     origin = json.loads(path.read_text())
-    for name, place, words in (("mtp.lost", [SINGLE, "F32"], "mtp.lost"), ("a", ["../x.safetensors", "F32"], "../x")):
+    for name, place, words in (
+        ("mtp.lost", [SINGLE, "F32"], "mtp.lost"),
+        ("a", ["../x.safetensors", "F32"], "../x"),
+        ("a", ["config.json", "F32"], "config.json"),
+        ("a", [SINGLE, "I8"], "tensors: expected"),
+        ("a", SINGLE, "tensors: expected"),
+    ):
         path.write_text(json.dumps(origin | {"tensors": origin["tensors"] | {name: place}}))
         refused(damaged, "convert", "seqzoo_origin.json", words)
 

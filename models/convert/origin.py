@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from seqzoo.models.checkpoints import Folder, Head, read_json, some
+from seqzoo.models.checkpoints import DTYPES, Folder, Head, read_json, some
 
 RECORD, EXTRA = "seqzoo_origin.json", "seqzoo_extra.safetensors"
 
@@ -41,10 +41,7 @@ class Origin(NamedTuple):
         content = read_json(path)
         if set(content) != set(cls._fields):
             raise ValueError(f"{path}: expected {sorted(cls._fields)}, got {sorted(content)}")
-        files = {place[0] for place in content["tensors"].values()}
-        outside = sorted(file for file in files if Path(file).name != file)
-        if outside:
-            raise ValueError(f"{path}: expected names of files, got {outside}")
+        _check(path, **content)
         return cls(**content)
 
     def text(self) -> str:
@@ -67,6 +64,28 @@ class Origin(NamedTuple):
                 f"{folder / RECORD}: tensors it names are gone: {some(missing)}; it does not name: {some(new)}"
             )
         return {name: heads[name]._replace(file=file) for name, (file, _) in self.tensors.items()}
+
+
+def _check(path: Path, architecture: Any, config: Any, tensors: Any, metadata: Any, index: Any) -> None:
+    """Raises ValueError: what nobody wrote here; places of tensors become names of files."""
+    texts = lambda content: isinstance(content, dict) and all(isinstance(x, str) for x in content.values())
+    for name, fits in (
+        ("architecture", isinstance(architecture, str)),
+        ("config", isinstance(config, str)),
+        ("tensors", isinstance(tensors, dict) and all(_is_place(place) for place in tensors.values())),
+        ("metadata", isinstance(metadata, dict) and all(texts(said) for said in metadata.values())),
+        ("index", index is None or isinstance(index, dict)),
+    ):
+        if not fits:
+            raise ValueError(f"{path}: {name}: expected what a conversion writes, got something else")
+    files = {file for file, _ in tensors.values()}
+    outside = sorted(file for file in files if Path(file).name != file or not file.endswith(".safetensors"))
+    if outside:
+        raise ValueError(f"{path}: expected names of .safetensors files, got {outside}")
+
+
+def _is_place(place: Any) -> bool:
+    return isinstance(place, list) and len(place) == 2 and isinstance(place[0], str) and place[1] in list(DTYPES)
 
 
 def _as_safetensors(file: str) -> str:
