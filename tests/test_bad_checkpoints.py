@@ -135,6 +135,11 @@ def entry(entries, number):
     return found[number]
 
 
+def matrix(entries):
+    """An entry of two sizes: a wrong sign in both, or a 1 more, is the same number of bytes."""
+    return next(x for name, x in entries.items() if name != "__metadata__" and len(x["shape"]) == 2)
+
+
 def twice(entries):
     name, first = next((name, x) for name, x in entries.items() if name != "__metadata__")
     return json.dumps(entries)[:-1] + f', "{name}": {json.dumps(first)}}}'
@@ -148,8 +153,8 @@ MALICE = {
     "offsets in quotes": lambda x: entry(x, 0).update(data_offsets=["0", "8"]),
     "a shape for more bytes": lambda x: entry(x, 0)["shape"].append(2),
     "a shape beyond 64 bits": lambda x: entry(x, 0).update(shape=[2**40, 2**40]),
-    "a negative shape": lambda x: entry(x, 0).update(shape=[-1, -1]),
-    "true for a size": lambda x: entry(x, 0).update(shape=[True]),
+    "a negative shape": lambda x: matrix(x).update(shape=[-n for n in matrix(x)["shape"]]),
+    "true for a size": lambda x: matrix(x)["shape"].append(True),
     "another dtype": lambda x: entry(x, 0).update(dtype="F64"),
     "a dtype that is no name": lambda x: entry(x, 0).update(dtype=[32]),
     "a field too many": lambda x: entry(x, 0).update(code="x"),
