@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from seqzoo.kernels.causal_attention import causal_attention
 from seqzoo.layers.linear import Linear
 from seqzoo.layers.norm import RMSNorm, check_eps
-from seqzoo.layers.rope import rotate, turns
+from seqzoo.layers.rope import Scaling, check_scaling, rotate, turns
 from seqzoo.layers.span import Span
 from seqzoo.layers.state import append
 
@@ -37,6 +37,7 @@ class WindowState(NamedTuple):
 
 
 Kept = AttentionState | WindowState
+QK_NORMS = {"zero_centred": True, "rms": False, "rms_joint": False}  # name -> whether its weight is zero-centred
 
 
 class SoftmaxHeads(nn.Module):
@@ -47,8 +48,10 @@ class SoftmaxHeads(nn.Module):
         head_width: channels per head.
         window: [tokens] a token sees itself and window - 1 before it; None is everything.
         rope_theta: base of the rotary frequencies.
+        rope_scaling: what stretches them beyond the length they were trained for, as `layers/rope.py` has it.
         rotary_width: channels per head that are turned, the first ones; None is all, 0 is none (no positions).
-        qk_norm: zero-centred RMS norm of each query and key head.
+        qk_norm: of queries and keys: zero_centred or rms, each head by itself, or rms_joint, all heads as one; None is
+            none.
         output_gate: the heads' outputs are multiplied by a sigmoid of the input, per channel.
         bias: the projections of the input have one.
         out_bias: the projection of the output has one; None is as `bias`.
@@ -68,8 +71,9 @@ class SoftmaxHeads(nn.Module):
         head_width: int,
         window: int | None,
         rope_theta: float,
+        rope_scaling: Scaling | None,
         rotary_width: int | None,
-        qk_norm: bool,
+        qk_norm: str | None,
         output_gate: bool,
         bias: bool,
         out_bias: bool | None,
@@ -89,15 +93,21 @@ class SoftmaxHeads(nn.Module):
         if not 0 < rope_theta < float("inf"):
             raise ValueError(f"{self.kind}: rope_theta={rope_theta} is not above 0 and finite")
         check_eps(norm_eps)
+        check_scaling(self.kind, rope_scaling)
+        if qk_norm not in (None, *QK_NORMS):
+            raise ValueError(f"{self.kind}: qk_norm: expected one of {[*QK_NORMS]} or null, got {qk_norm!r}")
         self.H, self.G, self.K, self.window = num_heads, num_kv_heads, head_width, window
-        self.theta, self.rotary_width = rope_theta, rotary_width
+        self.theta, self.scaling, self.rotary_width = rope_theta, rope_scaling, rotary_width
         self.q_proj = Linear(hidden_size, num_heads * head_width, bias=bias)
         self.k_proj = Linear(hidden_size, num_kv_heads * head_width, bias=bias)
         self.v_proj = Linear(hidden_size, num_kv_heads * head_width, bias=bias)
         self.gate_proj = Linear(hidden_size, num_heads * head_width, bias=bias) if output_gate else None
         self.out_proj = Linear(num_heads * head_width, hidden_size, bias=bias if out_bias is None else out_bias)
-        self.q_norm = RMSNorm(head_width, norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(head_width, norm_eps) if qk_norm else nn.Identity()
+        self.norms_jointly = qk_norm == "rms_joint"
+        norm = lambda heads: nn.Identity() if qk_norm is None else RMSNorm(
+            head_width * (heads if self.norms_jointly else 1), norm_eps, zero_centred=QK_NORMS[qk_norm]
+        )  # fmt: skip
+        self.q_norm, self.k_norm = norm(num_heads), norm(num_kv_heads)
 
     def init_kept(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> Kept:
         S = self.window or 0
@@ -130,18 +140,22 @@ class SoftmaxHeads(nn.Module):
 
     def queries(self, x: Tensor) -> Tensor:
         """x [B, T, D] -> q [B, T, H, K], normed."""
-        return self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.K)))
+        return self._normed(self.q_norm, self.q_proj(x))
 
     def keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, T, D] -> k and v [B, T, G, K], k normed."""
-        k, v = (proj(x).unflatten(-1, (-1, self.K)) for proj in (self.k_proj, self.v_proj))
-        return self.k_norm(k), v
+        return self._normed(self.k_norm, self.k_proj(x)), self.v_proj(x).unflatten(-1, (-1, self.K))
+
+    def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """x [B, T, heads K] -> [B, T, heads, K]."""
+        heads = (-1, self.K)
+        return norm(x).unflatten(-1, heads) if self.norms_jointly else norm(x.unflatten(-1, heads))
 
     def turn(self, q: Tensor, k: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """q, k [B, T, heads, K] turned by their positions."""
         if not self.rotary_width:
             return q, k
-        cos, sin = turns(span.positions, self.rotary_width, self.theta, q.dtype)
+        cos, sin = turns(span.positions, self.rotary_width, self.theta, q.dtype, self.scaling)
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
     def look(self, q: Tensor, k: Tensor, v: Tensor, span: Span, past: Kept | None) -> tuple[Tensor, Kept | None]:

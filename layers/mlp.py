@@ -7,11 +7,11 @@ from seqzoo.layers.linear import Linear
 
 
 class GatedMLP(nn.Module):
-    def __init__(self, hidden_size: int, width: int) -> None:
+    def __init__(self, hidden_size: int, width: int, *, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = Linear(hidden_size, width, bias=False)
-        self.up_proj = Linear(hidden_size, width, bias=False)
-        self.down_proj = Linear(width, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, width, bias=bias)
+        self.up_proj = Linear(hidden_size, width, bias=bias)
+        self.down_proj = Linear(width, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> y [..., D]."""

@@ -55,10 +55,12 @@ def fill(moe: MoE, mlp: SwiGLU, *, scale: str = "each") -> None:
     """Make a mixture's experts copies of a gated MLP, and its shared expert's gate zero. The router stays as it is.
 
     Raises:
-        ValueError: experts of another width than the MLP, or an unknown scale.
+        ValueError: experts of another width than the MLP, an MLP with biases, or an unknown scale.
     """
     if scale not in SCALES:
         raise ValueError(f"scale: expected one of {list(SCALES)}, got {scale!r}")
+    if mlp.gate_proj.bias is not None:
+        raise ValueError("upcycle: expected an MLP without biases, which experts have not, got one with them")
     width = mlp.gate_proj.out_features
     widths = dict(expert_width=moe.down_proj.shape[-1])
     if moe.shared is not None:

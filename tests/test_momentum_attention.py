@@ -26,7 +26,9 @@ def layer(*, width=D, **options):
 
 @pytest.mark.parametrize("first", ["zero_momentum", "zero_input"])
 @pytest.mark.parametrize("placement, which", [*product(["post", "pre"], SHEARS)])
-@pytest.mark.parametrize("options", [{}, dict(window=4, qk_norm=True, temperature=True)], ids=["plain", "window"])
+@pytest.mark.parametrize(
+    "options", [{}, dict(window=4, qk_norm="zero_centred", temperature=True)], ids=["plain", "window"]
+)
 def test_without_gamma_it_is_attention_to_the_bit(placement, which, first, options):
     ours = layer(gamma=0.0, placement=placement, shear=which, first=first, **options)
     plain = Attention(D, **HEADS, **{name: x for name, x in options.items() if name != "temperature"}).double()

@@ -19,7 +19,7 @@ N, B, D = 5, 2, 16
 ATTENTION = dict(num_heads=4, num_kv_heads=2, head_width=6)
 MIXERS = {
     "full": dict(kind="attention", **ATTENTION),
-    "window": dict(kind="attention", window=4, qk_norm=True, **ATTENTION),
+    "window": dict(kind="attention", window=4, qk_norm="zero_centred", **ATTENTION),
     "recurrent": dict(kind="gated_deltanet", num_key_heads=2, num_value_heads=2, key_width=3, value_width=5),
     "momentum": dict(kind="momentum_attention", gamma=0.8, **ATTENTION),
     "momentum in a window": dict(kind="momentum_attention", gamma=0.8, window=4, placement="pre", **ATTENTION),

@@ -254,7 +254,7 @@ def test_a_missing_tensor_is_named(tmp_path):
         ("linear", dict(output_gate=True), "output_gate"),
         ("linear", dict(decay_rank=8), "decay_rank: 8, not 16"),
         ("linear", dict(num_heads=8), "config.json: num_attention_heads.*got 8"),
-        ("window", dict(qk_norm=True), "qk_norm"),
+        ("window", dict(qk_norm="zero_centred"), "qk_norm"),
         ("window", dict(out_bias=None), "out_bias"),
         ("window", dict(rotary_width=2), "rotary_width: 2, not 6"),
         ("mlp", dict(kind="moe"), "layer 0, .*moe"),

@@ -75,8 +75,9 @@ class MomentumAttention(SoftmaxHeads):
         temperature: bool = False,
         window: int | None = None,
         rope_theta: float = 10_000.0,
+        rope_scaling: dict | None = None,
         rotary_width: int | None = None,
-        qk_norm: bool = False,
+        qk_norm: str | None = None,
         output_gate: bool = False,
         bias: bool = False,
         out_bias: bool | None = None,
@@ -85,8 +86,8 @@ class MomentumAttention(SoftmaxHeads):
         check_types(self.kind, MomentumAttention, locals())
         super().__init__(
             hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_width=head_width, window=window,
-            rope_theta=rope_theta, rotary_width=rotary_width, qk_norm=qk_norm, output_gate=output_gate, bias=bias,
-            out_bias=out_bias, norm_eps=norm_eps,
+            rope_theta=rope_theta, rope_scaling=rope_scaling, rotary_width=rotary_width, qk_norm=qk_norm,
+            output_gate=output_gate, bias=bias, out_bias=out_bias, norm_eps=norm_eps,
         )  # fmt: skip
         for name, value, known in (
             ("shear", shear, [*SHEARS]),

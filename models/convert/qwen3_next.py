@@ -188,7 +188,7 @@ def _full(config: Qwen3NextConfig) -> Spec:
         head_width=config.head_dim,
         rope_theta=float(rope["rope_theta"]),
         rotary_width=int(config.head_dim * rope.get("partial_rotary_factor", 1.0)),
-        qk_norm=True,
+        qk_norm="zero_centred",
         output_gate=True,
         bias=config.attention_bias,
         out_bias=config.attention_bias,
