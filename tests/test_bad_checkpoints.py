@@ -325,8 +325,8 @@ def test_config(folder, content, words):
     "change, words",
     [
         (dict(hidden_act="gelu"), "hidden_act: expected 'silu', got 'gelu'"),
-        (dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4)), "rope_type: expected 'default'"),
-        (dict(rope_parameters=None, rope_scaling=dict(type="linear", factor=2.0)), "rope_type: expected 'default'"),
+        (dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)), "'yarn'], got 'dynamic'"),
+        (dict(rope_parameters=None, rope_scaling=dict(type="dynamic", factor=2.0)), "'yarn'], got 'dynamic'"),
         (dict(rope_parameters=None, partial_rotary_factor=0.2), "partial_rotary_factor: expected an even number"),
         (dict(attention_dropout=0.1), "attention_dropout: expected 0, got 0.1"),
         (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types: expected"),

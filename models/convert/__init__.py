@@ -19,16 +19,9 @@ from seqzoo.models.checkpoints import check_links, read_json
 if TYPE_CHECKING:
     from seqzoo.models.convert.report import Report
 
-_HOUSE = {
-    "cli",
-    "folders",
-    "loading",
-    "origin",
-    "report",
-    "rules",
-    "verify",
-    "writing",
-}  # the files here that are no architecture
+_HOUSE = {  # the files here that are no architecture
+    *("cli", "folders", "loading", "origin", "plain", "report", "rules", "verify", "writing"),
+}
 
 
 def architectures() -> list[str]:
