@@ -8,9 +8,8 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -209,38 +208,11 @@ def write_tensors(
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        with _Syncing(file) as synced:
-            for name in names:
-                written = sum(synced.write(_bytes(x, heads[name])) for x in chunks(name))
-                assert written == heads[name].bytes, name
-
-
-class _Syncing:
-    """A file that is brought to the disk while more is being written to it, and is there in full when this ends."""
-
-    def __init__(self, file: BinaryIO, every: int = 64 * 2**20) -> None:
-        self._file, self._every, self._new = file, every, 0
-        self._disk = ThreadPoolExecutor(1)
-        self._under_way: Future | None = None
-
-    def __enter__(self) -> "_Syncing":
-        return self
-
-    def write(self, data: memoryview) -> int:
-        self._new += len(data)
-        if self._new >= self._every and (self._under_way is None or self._under_way.done()):
-            if self._under_way is not None:
-                self._under_way.result()  # or its error would be lost
-            self._under_way, self._new = self._disk.submit(os.fsync, self._file.fileno()), 0
-        return self._file.write(data)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._disk.shutdown()
-        if kind is None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            if self._under_way is not None:
-                self._under_way.result()
+        for name in names:
+            written = sum(file.write(_bytes(x, heads[name])) for x in chunks(name))
+            assert written == heads[name].bytes, name
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _bytes(x: Tensor, head: Head) -> memoryview:

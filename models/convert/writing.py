@@ -56,7 +56,8 @@ def write(
         try:
             done += _done(journal, state, part)
             _check_space(plan, part, done)
-            _fill(plan, part / HALF, journal, done, allow_nonfinite)
+            with _one_thread():
+                _fill(plan, part / HALF, journal, done, allow_nonfinite)
             if not plan.state().items() <= state.items():
                 raise ValueError(f"{plan.source.path}: changed while it was converted")
             found = plan.report.verification if check is None else check(part / HALF)
@@ -100,6 +101,17 @@ def _journal(part: Path, dst: Path) -> Iterator[TextIO]:
         if not mine:
             raise ValueError(f"{dst}: another conversion into it is under way")
         yield journal
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The disk sets the pace; threads that share a few megabytes wait for each other, for long where cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _done(journal: TextIO, state: dict[str, Any], part: Path) -> list[str]:
