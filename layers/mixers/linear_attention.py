@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from seqzoo.kernels.linear_attention import linear_attention
 from seqzoo.layers.conv import CausalConv
 from seqzoo.layers.linear import Linear
-from seqzoo.layers.norm import GatedRMSNorm, RMSNorm, check_eps
+from seqzoo.layers.norm import NORMS, GatedRMSNorm, RMSNorm, check_eps
 from seqzoo.layers.precision import wide
 from seqzoo.layers.rope import rotate, turns
 from seqzoo.layers.span import Span
@@ -71,6 +71,8 @@ class LinearAttention(nn.Module):
     output_norm: RMS norm of each head's output, one weight for all heads.
     output_gate: times a silu of the input, per channel, after the norm.
     bias: of the projections of q, k and v.
+    out_bias: of the projection of the output.
+    qk_norm: of each head of q and k before the feature: zero_centred or rms; None is none.
 
     Raises:
         ValueError: sizes or options that do not fit each other.
@@ -96,6 +98,8 @@ class LinearAttention(nn.Module):
         output_norm: bool = True,
         output_gate: bool = False,
         bias: bool = False,
+        out_bias: bool = False,
+        qk_norm: str | None = None,
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -113,6 +117,7 @@ class LinearAttention(nn.Module):
         _expect(even, "rotary_width", f"an even number from 0 to key_width={key_width}", rotary_width)
         _expect(isinstance(conv_width, int) and conv_width >= 0, "conv_width", "0 (none) or more", conv_width)
         check_eps(norm_eps)
+        _expect(qk_norm in (None, "zero_centred", "rms"), "qk_norm", "zero_centred, rms or null", qk_norm)
         positive = feature != "identity" and not rotary_width
         asked = f"feature={feature}, rotary_width={rotary_width}"
         _expect(not normalise or positive, "normalise", "False, or features that are >= 0 and not turned", asked)
@@ -129,7 +134,9 @@ class LinearAttention(nn.Module):
         self.gate_proj = Linear(hidden_size, num_heads * value_width, bias=False) if output_gate else None
         norm = GatedRMSNorm if output_gate else partial(RMSNorm, zero_centred=False)
         self.norm = norm(value_width, norm_eps) if output_norm else None
-        self.out_proj = Linear(num_heads * value_width, hidden_size, bias=False)
+        self.out_proj = Linear(num_heads * value_width, hidden_size, bias=out_bias)
+        norm = lambda: nn.Identity() if qk_norm is None else NORMS[qk_norm](key_width, norm_eps)
+        self.q_norm, self.k_norm = norm(), norm()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -195,7 +202,8 @@ class LinearAttention(nn.Module):
                 qkv = qkv * span.valid[..., None]
             qkv, past = self.conv(qkv, past, span.starts)
             parts = qkv.split(self.sizes, dim=-1)
-        return *(y.unflatten(-1, (heads, -1)) for y, heads in zip(parts, (self.H, self.G, self.G), strict=True)), past
+        q, k, v = (y.unflatten(-1, (heads, -1)) for y, heads in zip(parts, (self.H, self.G, self.G), strict=True))
+        return self.q_norm(q), self.k_norm(k), v, past
 
     def _log_decay(self, x: Tensor, k: Tensor) -> Tensor | None:
         """None, [B, T, G] or [B, T, G, K]; k before its feature."""

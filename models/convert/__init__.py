@@ -9,6 +9,7 @@ and, where some of those follow from the config,
 """
 
 import pkgutil
+from collections.abc import Collection, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from seqzoo.models.convert.report import Report
 
 _HOUSE = {  # the files here that are no architecture
-    *("cli", "folders", "loading", "origin", "plain", "report", "rules", "verify", "writing"),
+    *("adopt", "approximate", "calibration", "cli", "folders", "layouts", "loading", "origin", "plain", "report"),
+    *("rules", "verify", "writing"),
 }
 
 
@@ -52,14 +54,18 @@ def convert(
     src: str | Path,
     dst: str | Path,
     *,
-    to: str | None = None,
+    to: str | Path | Mapping[str, Any] | None = None,
     max_shard_size: int = 5 * 10**9,
     dry_run: bool = False,
     verify: bool = False,
     pickle: bool = False,
     allow_nonfinite: bool = False,
+    keep: int | Collection[int] = (),
+    scale: str = "each",
+    seed: int = 0,
 ) -> "Report":
-    """A checkpoint folder of another architecture into one of ours, or back; SRC's config says which.
+    """A checkpoint folder of another architecture into one of ours, or back; SRC's config says which. Or, where `to` is
+    a layout, a Transformer of any architecture (ours too) into that layout, approximately.
 
     Tensor after tensor, memory-mapped; DST appears when it is complete, and the same call goes on where one was
     interrupted. What ours has no room for is kept in DST, so that the way back gives every tensor of SRC as it was:
@@ -68,13 +74,17 @@ def convert(
     Args:
         src: a folder with config.json and safetensors.
         dst: the folder to make; it may exist if it is empty.
-        to: the architecture to write; None is ours, or for one of ours what it came from or the only one that fits.
+        to: the architecture to write; None is ours, or for one of ours what it came from or the only one that fits. Or
+            a layout, as `models/convert/layouts` has them: a name, a YAML file, or a mapping.
         max_shard_size: [bytes] of one file, where no origin says how the files were.
         dry_run: only look at the headers, write nothing.
         verify: load both models, one after the other, whole and in fp32, and compare their logits; DST appears if they
             agree. Where transformers has no class for one of them, the report says so.
         pickle: read pickle files where SRC has no safetensors; nothing in them is run.
         allow_nonfinite: take NaN and infinity in weights as they are.
+        keep: of a layout, layers whose mixers stay as they are, whatever its pattern says; a number n is every n-th.
+        scale: of a layout with experts, what their copies of a gated MLP are multiplied by: each, down or none.
+        seed: of a layout, what new tensors are drawn from.
 
     Returns:
         The report: every tensor's fate. `str()` of it is a table.
@@ -84,19 +94,28 @@ def convert(
             a DST that is not empty or in SRC, weights that are not finite, logits that differ, no space left, a file
             that cannot be read or written.
     """
-    from seqzoo.models.convert import folders, writing  # they need transformers, a list does not
+    from seqzoo.models.convert import approximate, folders, layouts, writing  # they need transformers, a list does not
     from seqzoo.models.convert import verify as verifying
 
     src, dst = Path(src), Path(dst)
     try:
         writing.check_target(src, dst)
         check_links(src)
-        plan = folders.plan(src, kind_of(src), to, max_shard_size=max_shard_size, pickle=pickle)
+        how: dict[str, Any] = dict(max_shard_size=max_shard_size, pickle=pickle)
+        exact = to is None or to in ("seqzoo", *architectures())
+        if exact and (keep, scale, seed) != ((), "each", 0):
+            raise ValueError(f"keep, scale, seed: expected with a layout alone, got them with {to!r}")
+        if exact:
+            plan = folders.plan(src, kind_of(src), to, **how)
+        else:
+            chosen = layouts.layout(to)
+            plan = approximate.plan(src, kind_of(src), chosen, keep=keep, scale=scale, seed=seed, **how)
         if dry_run and verify:
             return plan.report._replace(verification=verifying.NOTHING_WRITTEN)
         if dry_run:
             return plan.report
-        check = (lambda folder: verifying.compare_logits(src, folder)) if verify else None
+        compare = verifying.compare_logits if exact else verifying.compare_layers
+        check = (lambda folder: compare(src, folder)) if verify else None
         return plan.report._replace(verification=writing.write(plan, dst, allow_nonfinite=allow_nonfinite, check=check))
     except OSError as error:
         raise ValueError(f"{error.filename or dst}: {error.strerror or error}") from error

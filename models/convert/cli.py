@@ -1,4 +1,5 @@
-"""seqzoo-convert SRC DST: a checkpoint folder of another architecture into one of ours, or back."""
+"""seqzoo-convert SRC DST: a checkpoint folder of another architecture into one of ours, or back; or, with the name of a
+layout, a Transformer into an efficient hybrid."""
 
 import argparse
 import json
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from seqzoo.models.convert import architectures, convert
+from seqzoo.models.convert.layouts import layout, layouts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,7 +18,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         "src", metavar="SRC", help="folder with config.json and safetensors; its config says what it is"
     )
     parser.add_argument("dst", metavar="DST", help="folder to make; not there yet, or empty")
-    parser.add_argument("--to", choices=[*architectures(), "seqzoo"], help="what to write, where SRC leaves a choice")
+    parser.add_argument(
+        "--to", metavar="WHAT", help=f"where SRC leaves a choice, an architecture: {', '.join(architectures())} or "
+        f"seqzoo; or a layout: {', '.join(layouts())} or a YAML file",
+    )  # fmt: skip
+    stay = parser.add_mutually_exclusive_group()
+    stay.add_argument("--keep", metavar="I,J,...", help="of a layout: layers that stay attention, counted from 0")
+    stay.add_argument("--keep-every", type=int, metavar="N", help="of a layout: every Nth layer stays attention")
+    stay.add_argument(
+        "--keep-important",
+        type=int,
+        metavar="N",
+        help="of a layout: the N layers that --calibrate finds to matter most",
+    )
+    parser.add_argument("--calibrate", type=Path, metavar="TEXT", help="what importance is measured on")
+    parser.add_argument("--scale", default="each", help="of experts that are copies: each, down or none [each]")
+    parser.add_argument("--seed", type=int, default=0, help="of a layout's new tensors [0]")
     parser.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help="of one file [5]")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, from the headers alone")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the report there too, as JSON")
@@ -31,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         report = convert(
             args.src, args.dst, to=args.to, max_shard_size=int(args.max_shard_size * 1e9), dry_run=args.dry_run,
-            verify=args.verify, pickle=args.pickle, allow_nonfinite=args.allow_nonfinite,
+            verify=args.verify, pickle=args.pickle, allow_nonfinite=args.allow_nonfinite, keep=_keep(args),
+            scale=args.scale, seed=args.seed,
         )  # fmt: skip
         print(report)
         if args.report is not None:
@@ -40,3 +58,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"seqzoo-convert: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def _keep(args: argparse.Namespace) -> int | Sequence[int]:
+    """The layers that stay, measured if asked for.
+
+    Raises:
+        ValueError: words that are no layers, or no text to measure on.
+    """
+    if (args.keep_important is None) != (args.calibrate is None):
+        raise ValueError("--keep-important and --calibrate: expected both or neither")
+    if args.keep_every is not None:
+        return args.keep_every
+    if args.keep is not None:
+        if not all(x.strip().isdecimal() for x in args.keep.split(",")):
+            raise ValueError(f"--keep: expected numbers of layers such as 3,7, got {args.keep!r}")
+        return [int(x) for x in args.keep.split(",")]
+    if args.keep_important is None:
+        return ()
+    from seqzoo.models.convert import calibration
+    from seqzoo.models.convert.approximate import to_layout
+    from seqzoo.models.convert.loading import load
+
+    how = dict(dtype=None, device=None, revision=None, pickle=args.pickle, allow_nonfinite=args.allow_nonfinite)
+    source = load(args.src, **how)
+    made = to_layout(source, layout(args.to), scale=args.scale, seed=args.seed).eval()
+    length = min(512, source.config.max_position_embeddings or 512)
+    ids = calibration.calibration_ids(Path(args.src), args.calibrate, length=length)
+    losses = calibration.importance(source, made, ids)
+    kept = calibration.most_important(losses, args.keep_important)
+    for layer, loss in losses.items():
+        print(f"layer {layer}: {loss:.4f} nats/token lost without its attention{', stays' if layer in kept else ''}")
+    return kept

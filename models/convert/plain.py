@@ -215,6 +215,13 @@ def attention_rows(spec: Spec) -> Table:
     return [*table, *((f"self_attn.{x}_norm.weight", f"mixer.{x}_norm.weight", COPY) for x in norms)]
 
 
+def attention_names(spec: Spec) -> list[str]:
+    """The tensors of one of our attention layers, as it names them."""
+    names = [these.removeprefix("mixer.") for _, these, _ in attention_rows(spec)]
+    gate = [f"gate_proj.{what}" for what in (("weight", "bias") if spec["bias"] else ("weight",))]
+    return names + (gate if spec["output_gate"] else [])
+
+
 def mlp_rows(theirs: str, ours: str, bias: bool = False) -> Table:
     return [
         (f"{theirs}.{x}_proj.{what}", f"{ours}.{x}_proj.{what}", COPY)

@@ -9,6 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from seqzoo.models.checkpoints import read_json
+from seqzoo.models.convert.calibration import layer_errors
+from seqzoo.models.convert.loading import load
 from seqzoo.models.convert.report import Verification
 
 NOTHING_WRITTEN = Verification("not verified: nothing was written", {})
@@ -37,6 +39,18 @@ def compare_logits(src: Path, made: Path) -> Verification:
     if not difference <= BOUND:
         raise ValueError(f"{src}: {said}; expected at most {BOUND}")
     return Verification(said, measured)
+
+
+def compare_layers(src: Path, made: Path) -> Verification:
+    """Of an approximate conversion, on random ids. Both models are in memory, whole and in fp32."""
+    how = dict(dtype=torch.float32, device=None, revision=None, pickle=True, allow_nonfinite=True)
+    source, ours = (load(folder, **how) for folder in (src, made))
+    length = min(_SHAPE[1], source.config.max_position_embeddings or _SHAPE[1])
+    ids = torch.randint(source.config.vocab_size, (_SHAPE[0], length), generator=torch.Generator().manual_seed(_SEED))
+    errors = layer_errors(source, ours, ids)
+    worst = max(errors.values(), default=0.0)
+    said = f"{len(errors)} mixers are others; their outputs differ by up to {worst:.3f} of their size, before recovery"
+    return Verification(said, dict(layer_errors=errors, ids=[_SHAPE[0], length], seed=_SEED))
 
 
 @torch.no_grad()

@@ -1,0 +1,101 @@
+"""What is measured of an approximate conversion on some ids: how far its layers are from the source's, and which of
+the source's layers matter most.
+
+Everything is measured on the source's own hidden states, one layer at a time, so that no layer pays for another.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from seqzoo.models.causal_lm import SeqZooForCausalLM
+from seqzoo.models.config import SeqZooConfig
+
+
+def calibration_ids(folder: Path, text: Path, *, rows: int = 4, length: int = 512) -> Tensor:
+    """The beginning of a text as ids [rows, length] of the folder's own tokenizer, shorter where the text is.
+
+    Raises:
+        ValueError: a folder without a tokenizer, a text that cannot be read or is too short.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        ids = tokenizer(text.read_text(errors="replace"), add_special_tokens=False, verbose=False)["input_ids"]
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"calibration: {text} with the tokenizer of {folder}: {' '.join(str(error).split())}"
+        ) from None
+    length = min(length, len(ids) // rows)
+    if length < 2:
+        raise ValueError(f"calibration: {text}: expected at least {2 * rows} tokens, got {len(ids)}")
+    return torch.tensor(ids[: rows * length]).view(rows, length)
+
+
+def most_important(losses: dict[int, float], count: int) -> list[int]:
+    """The `count` layers whose replacement loses most. Raises ValueError: more than there are."""
+    if not 0 <= count <= len(losses):
+        raise ValueError(f"keep: expected 0 to {len(losses)} layers to stay attention, got {count}")
+    return sorted(sorted(losses, key=losses.__getitem__)[len(losses) - count :])
+
+
+def changed_layers(source: SeqZooConfig, made: SeqZooConfig) -> list[int]:
+    """The layers whose mixers differ. Raises ValueError: models of other sizes."""
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        one, other = getattr(source, name), getattr(made, name)
+        if one != other:
+            raise ValueError(f"{name}: expected that of the source, {one}, got {other}")
+    spec = lambda c, i: c.mixers.get(c.pattern[i % len(c.pattern)].partition("/")[0])
+    return [i for i in range(source.num_hidden_layers) if spec(source, i) != spec(made, i)]
+
+
+@torch.no_grad()
+def layer_errors(source: SeqZooForCausalLM, made: SeqZooForCausalLM, ids: Tensor) -> dict[int, float]:
+    """Of each layer whose mixer is another: ||made(x) - source(x)|| / ||source(x)||, x what comes into the source's.
+
+    Args:
+        source, made: of one depth and width.
+        ids: [B, T].
+    """
+    changed, errors = changed_layers(source.config, made.config), {}
+    for i, arguments, expected in _calls(source, ids):
+        if i in changed:
+            got = made.stack.levels()[i].mixer(*arguments)[0]
+            errors[i] = ((got - expected).norm() / expected.norm()).item()
+    return errors
+
+
+@torch.no_grad()
+def importance(source: SeqZooForCausalLM, made: SeqZooForCausalLM, ids: Tensor) -> dict[int, float]:
+    """Of each layer: what the source's predictions lose when this one mixer alone is replaced by the made model's
+    [nats/token, the divergence of the new predictions from the old].
+
+    Args:
+        source, made: of one depth and width; `made` with every layer converted that may be.
+        ids: [B, T].
+    """
+    changed = changed_layers(source.config, made.config)
+    wanted, lost = source(ids, use_cache=False).logits.log_softmax(-1), {}
+    for i in changed:
+        theirs, ours = source.stack.levels()[i], made.stack.levels()[i]
+        kept, theirs.mixer = theirs.mixer, ours.mixer
+        try:
+            got = source(ids, use_cache=False).logits.log_softmax(-1)
+        finally:
+            theirs.mixer = kept
+        lost[i] = (wanted.exp() * (wanted - got)).sum(-1).mean().item()
+    return lost
+
+
+def _calls(model: SeqZooForCausalLM, ids: Tensor) -> list[tuple[int, tuple, Tensor]]:
+    """Layer, what its mixer was given, and what it gave."""
+    found: list[tuple[int, tuple, Tensor]] = []
+    note = lambda i: lambda module, given, gave: found.append((i, given[:2], gave[0]))
+    hooks = [block.mixer.register_forward_hook(note(i)) for i, block in enumerate(model.stack.levels())]
+    try:
+        model(ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

@@ -1,0 +1,227 @@
+"""Transformers into other layouts: what is learned is used again, what stays attention is the same, the rest is new."""
+
+import json
+
+import pytest
+import torch
+from checkpoints import SMALL, VOCAB, small
+from test_convert import assert_relative
+from torch.testing import assert_close
+
+import seqzoo
+from seqzoo.models.checkpoints import Folder
+from seqzoo.models.convert import convert
+from seqzoo.models.convert.adopt import adopters
+from seqzoo.models.convert.approximate import RECORD, Fresh, to_layout, transfer
+from seqzoo.models.convert.calibration import changed_layers, importance, layer_errors, most_important
+from seqzoo.models.convert.cli import main
+from seqzoo.models.convert.layouts import layout, layouts
+
+SOURCES = [
+    ("llama", "plain"),
+    ("llama", "biases, tied"),
+    ("qwen2", "plain, tied"),
+    ("qwen3", "plain"),
+    ("qwen3_moe", "plain"),
+]
+OPTIONS = {  # a mixer that can be made of attention -> what it must be told
+    "attention": dict(window=5),
+    "gated_deltanet": {},
+    "linear_attention": dict(feature="relu", decay="channel", decay_rank=3),
+    "momentum_attention": dict(gamma=0.5),
+    "momentum_deltanet": {},
+    "ovq_attention": dict(chunk=8, slots=16),
+    "parallel": dict(branches=dict(a=dict(kind="linear_attention"), b=dict(kind="attention", window=7))),
+}
+
+
+def one(kind, **options):
+    return layout(dict(mixers=dict(new=dict(kind=kind, **(options or OPTIONS[kind]))), pattern=["new", "keep"]))
+
+
+def has_biases(model):
+    return any(name.endswith("q_proj.bias") for name, _ in model.named_parameters())
+
+
+@pytest.fixture(scope="module", params=SOURCES, ids=str)
+def folder(request, tmp_path_factory):
+    """Of theirs."""
+    path = tmp_path_factory.mktemp("theirs")
+    small(*request.param).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(folder):
+    return seqzoo.load(folder)
+
+
+def test_every_mixer_has_a_row():
+    assert sorted(OPTIONS) == adopters()
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_made_of_attention(source, kind):
+    """Runs, steps as it runs whole, learns in every tensor; kept layers and all else are the very tensors."""
+    if kind == "momentum_deltanet" and has_biases(source):
+        with pytest.raises(ValueError, match="momentum_deltanet: expected attention without bias, .* got True"):
+            to_layout(source, one(kind))
+        return
+    made = to_layout(source, one(kind)).eval()
+    assert changed_layers(source.config, made.config) == [0, 2]
+    ids = torch.randint(VOCAB, (2, 21))
+    whole, cache = made(ids).logits, None
+    for part in ids.split([9, 1, 1, 10], dim=1):
+        out = made(part, cache=cache, use_cache=True)
+        cache = out.cache
+    assert_relative(out.logits, whole[:, -10:], bound=1e-4)
+    made = to_layout(source, one(kind)).train()
+    made(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters() if p.requires_grad)
+    source.zero_grad()
+    theirs = source.state_dict()
+    for name, x in made.state_dict().items():
+        if ".1." in name or ".channel" in name or "mixer_norm" in name or not name.startswith("stack.blocks"):
+            assert x.data_ptr() == theirs[name].data_ptr(), name
+
+
+@pytest.mark.parametrize("kind, same", [("attention", dict(window=64)), ("momentum_attention", dict(gamma=0.0))])
+def test_what_changes_nothing_changes_nothing(source, kind, same):
+    ids = torch.randint(VOCAB, (2, 21))
+    assert_relative(to_layout(source, one(kind, **same)).eval()(ids).logits, source(ids).logits, bound=1e-6)
+
+
+@pytest.mark.parametrize("name", layouts())
+def test_a_folder_is_what_it_is_in_memory(folder, source, name, tmp_path):
+    """Tensor after tensor, as all at once; and the report has every tensor."""
+    how = dict(keep=[2], seed=3)
+    if name == "spikingbrain_76b" and "moe" in source.config.channels:
+        how["keep"] = [0, 1, 2]  # no layer of these is one of the layout's experts
+    report = convert(folder, tmp_path / "ours", to=name, verify=True, **how)
+    assert {f.what for f in report.fates} >= {"copied"} and "mixers are others" in report.verification.said
+    made, expected = seqzoo.load(tmp_path / "ours"), to_layout(source, layout(name), **how).eval()
+    for key, x in expected.state_dict().items():
+        assert torch.equal(made.state_dict()[key], x), key
+    ids = torch.randint(VOCAB, (2, 21))
+    assert torch.equal(made(ids).logits, expected(ids).logits)
+    targets = [key for fate in report.fates for key in fate.targets]
+    assert sorted(targets) == sorted(Folder(tmp_path / "ours").heads)
+    sources = {key for fate in report.fates for key in fate.sources}
+    assert sources == set(Folder(folder).heads)
+    record = json.loads((tmp_path / "ours" / RECORD).read_text())
+    assert record["converted"] == changed_layers(source.config, made.config) and 2 in record["kept"]
+
+
+def test_a_qwen2_becomes_a_published_spikingbrain(tmp_path):
+    """What SpikingBrain-7B is made as goes on into its own format, with the source's tensors under its names."""
+    small("qwen2", "plain, tied", num_hidden_layers=2, tie_word_embeddings=False).save_pretrained(tmp_path / "qwen2")
+    convert(tmp_path / "qwen2", tmp_path / "ours", to="spikingbrain_7b")
+    convert(tmp_path / "ours", tmp_path / "gla_swa", to="gla_swa")
+    theirs, made = Folder(tmp_path / "qwen2"), Folder(tmp_path / "gla_swa")
+    for layer in (0, 1):
+        for a, b in (("self_attn.q_proj.bias", "attn.q_proj.bias"), ("mlp.up_proj.weight", "mlp.up_proj.weight")):
+            here, there = f"model.layers.{layer}.{a}", f"model.layers.{layer}.{b}"
+            assert torch.equal(theirs.read(here), made.read(there))
+    assert json.loads((tmp_path / "gla_swa" / "config.json").read_text())["sliding_window"] == 4096
+
+
+def test_new_tensors_are_of_the_seed_alone(source):
+    """Whatever is asked for first, and whatever was drawn before."""
+    config = transfer(source.config, layout("spikingbrain_7b")).config
+    name = "stack.blocks.0.mixer.decay_down.weight"
+    one, other = Fresh(config, 5), Fresh(config, 5)
+    torch.rand(7)
+    other("stack.blocks.2.mixer.decay_up.weight")
+    assert torch.equal(one(name), other(name)) and not torch.equal(one(name), Fresh(config, 6)(name))
+    limit = 2**-2.5 * (6 / sum(one(name).shape)) ** 0.5  # Xavier's, as the released class draws it
+    assert 0.8 * limit < one(name).abs().max() <= limit
+
+
+@pytest.mark.parametrize("scale, near", [("down", 1e-5), ("each", None)])
+def test_experts_do_what_the_mlp_did(scale, near, tmp_path):
+    """Exact for `down` with renormalised weights, whatever the router says; scaled matrix by matrix only nearly."""
+    small("llama", "plain").save_pretrained(tmp_path / "llama")
+    grown = dict(
+        channels=dict(moe=dict(kind="moe", num_experts=4, num_experts_per_token=2, renormalise=True, shared_gate=True)),
+        pattern=["keep/moe", "keep"],
+    )
+    report = convert(tmp_path / "llama", tmp_path / "ours", to=grown, scale=scale)
+    assert {"upcycled", "zero", "fresh"} <= {fate.what for fate in report.fates}
+    dense, made = seqzoo.load(tmp_path / "llama"), seqzoo.load(tmp_path / "ours")
+    ids = torch.randint(VOCAB, (2, 21))
+    a, b = made(ids).logits, dense(ids).logits
+    assert_relative(a, b, bound=near) if near else assert_close(a, b, atol=0.3 * b.abs().max().item(), rtol=0)
+    assert near or not torch.allclose(a, b, atol=1e-3)
+    assert json.loads((tmp_path / "ours" / RECORD).read_text())["grown"] == [0, 2]
+
+
+def test_the_layer_that_matters_stays(tmp_path, capsys):
+    """Importance finds the one layer that does something, by the API and by the command."""
+    from transformers import AutoTokenizer
+
+    from seqzoo.data.tokenizer import load_tokenizer
+
+    theirs = small("llama", "plain", vocab_size=264, num_hidden_layers=4)
+    for i, layer in enumerate(theirs.model.layers):
+        layer.self_attn.o_proj.weight.data *= 1.0 if i == 2 else 1e-3
+    theirs.save_pretrained(tmp_path / "llama")
+    load_tokenizer(None).save(tmp_path / "llama")
+    source = seqzoo.load(tmp_path / "llama")
+    made = to_layout(source, layout("spikingbrain_7b")).eval()
+    losses = importance(source, made, torch.randint(264, (2, 64)))
+    assert most_important({**losses}, 1) == [2] and losses[2] > 10 * losses[0]
+    errors = layer_errors(source, made, torch.randint(264, (2, 64)))
+    assert errors[0] > 0.1 and errors[1] < 1e-5  # a window of 4096 sees all 64
+    (tmp_path / "text").write_text("def " * 200)
+    assert AutoTokenizer.from_pretrained(tmp_path / "llama")("def ")["input_ids"][-4:] == list(b"def ")
+    words = [str(tmp_path / x) for x in ("llama", "ours")]
+    assert main([*words, "--to=gated_deltanet", "--keep-important=1", f"--calibrate={tmp_path / 'text'}"]) == 0
+    assert "layer 2: " in capsys.readouterr().out
+    assert 2 in json.loads((tmp_path / "ours" / RECORD).read_text())["kept"]
+
+
+@pytest.mark.parametrize(
+    "what, how, words",
+    [
+        ("nowhere", {}, "layout: expected one of .*gated_deltanet.* or a YAML file, got 'nowhere'"),
+        (dict(pattern=[]), {}, "pattern: expected a list of names"),
+        (dict(pattern=["a"]), {}, r"pattern: expected 'keep' or one of \[\] \(mixers\), got 'a'"),
+        (dict(pattern=["keep"], width=3), {}, "expected pattern and others of"),
+        (dict(pattern=["a"], mixers=dict(a=dict(kind="bdh"))), {}, "expected kinds that can be made of attention"),
+        (
+            dict(pattern=["a"], mixers=dict(a=dict(kind="linear_attention", num_heads=3))),
+            {},
+            r"linear_attention: expected options beside what the attention layer decides, got \['num_heads'\]",
+        ),
+        (dict(pattern=["a"], mixers=dict(a=dict(kind="parallel"))), {}, "parallel: branches: expected"),
+        (
+            dict(
+                pattern=["keep/a"],
+                channels=dict(a=dict(kind="moe", num_experts=2, num_experts_per_token=1, expert_width=3)),
+            ),
+            {},
+            "experts of the MLP's width",
+        ),
+        ("gated_deltanet", dict(keep=[7]), r"keep: expected layers of 0 to 2, got \[7\]"),
+        ("gated_deltanet", dict(keep=0), "keep: expected every n-th layer"),
+        ("gated_deltanet", dict(scale="up"), "scale: expected one of"),
+        ("seqzoo", dict(seed=1), "keep, scale, seed: expected with a layout alone"),
+    ],
+    ids=str,
+)
+def test_refused(what, how, words, tmp_path):
+    small("llama", "plain").save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match=words):
+        convert(tmp_path / "llama", tmp_path / "ours", to=what, **how)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_from_headers_alone(tmp_path):
+    small("llama", "plain").save_pretrained(tmp_path / "llama")
+    table = str(convert(tmp_path / "llama", tmp_path / "ours", to="gated_deltanet", dry_run=True))
+    assert "fused" in table and "fresh" in table and not (tmp_path / "ours").exists()
+
+
+def test_every_kind_of_source_is_tried():
+    plain = {"llama", "mistral", "qwen2", "qwen3", "qwen3_moe"}
+    assert plain <= set(SMALL) and {kind for kind, _ in SOURCES} >= plain - {"mistral"}  # which is llama with a window
