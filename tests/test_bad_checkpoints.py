@@ -413,7 +413,7 @@ def test_source_that_is_none(tmp_path):
 
 @pytest.mark.parametrize("side, to", [("theirs", "qwen3_next"), ("ours", "seqzoo"), ("ours", "gpt2")])
 def test_direction_there_is_not(sound, tmp_path, side, to):
-    with pytest.raises(ValueError, match=f"to: expected one of .* got '{to}'"):
+    with pytest.raises(ValueError, match=f"(to|layout): expected one of .* got '{to}'"):
         convert(sound / side, tmp_path / "new", to=to)
 
 
