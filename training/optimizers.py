@@ -13,7 +13,7 @@ CONV = r"\bconv\.weight$"  # a filter per channel: two dimensions, and yet no ma
 
 def adamw(model: nn.Module, *, lr: float, betas: Sequence[float], eps: float, weight_decay: float) -> list[Optimizer]:
     """AdamW for all. Matrices decay; vectors (norms, biases, decays, filters) do not."""
-    return [_adamw(list(model.named_parameters()), lr, betas, eps, weight_decay)]
+    return [_adamw(learning(model), lr, betas, eps, weight_decay)]
 
 
 def muon(
@@ -40,7 +40,7 @@ def muon(
     """
     names = "|".join(adamw["names"])
     hidden, rest = [], []
-    for name, p in model.named_parameters():
+    for name, p in learning(model):
         theirs = _is_matrix(name, p) and not (names and re.search(names, name))
         (hidden if theirs else rest).append((name, p))
     if not hidden:
@@ -48,6 +48,11 @@ def muon(
     options = dict(momentum=momentum, ns_steps=ns_steps, ns_dtype=ns_dtype, adjust_lr_fn=adjust_lr_fn)
     first = Muon([p for _, p in hidden], lr=lr, weight_decay=weight_decay, **options)
     return [first, _adamw(rest, **{name: value for name, value in adamw.items() if name != "names"})]
+
+
+def learning(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that learn, by name."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def _adamw(

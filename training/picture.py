@@ -45,7 +45,7 @@ def draw_losses(folder: Path, xz_bits_per_byte: float | None) -> Path:
 
 
 def _curve(lines: list[dict], splits: set[str]) -> tuple[list[int], list[float]]:
-    chosen = [line for line in lines if line["split"] in splits]
+    chosen = [line for line in lines if line["split"] in splits and "bits_per_byte" in line]  # not of every objective
     return [line["tokens"] for line in chosen], [line["bits_per_byte"] for line in chosen]
 
 

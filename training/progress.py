@@ -28,10 +28,13 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
 
-    def step(self, step: int, seconds: float, loss: float, bits_per_byte: float, tokens_per_second: float) -> None:
-        """Show a step that took so long. loss: nats/token."""
+    def step(
+        self, step: int, seconds: float, *, loss: float, tokens_per_second: float, bits_per_byte: float | None = None
+    ) -> None:
+        """Show a step that took so long. loss: the objective's; nats/token where there are bits."""
         self.seconds += seconds
-        facts = f"loss {loss:.4f}  {bits_per_byte:.3f} bits/byte  {tokens_per_second:,.0f} tokens/s"
+        bits = "" if bits_per_byte is None else f"{bits_per_byte:.3f} bits/byte  "
+        facts = f"loss {loss:.4f}  {bits}{tokens_per_second:,.0f} tokens/s"
         if self.bar is not None:
             self.bar.update(self.task, completed=step, facts=facts)
         elif step % self.every == 0 or step == self.steps:

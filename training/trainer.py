@@ -21,6 +21,7 @@ from seqzoo.models.config import SeqZooConfig
 from seqzoo.training.checkpoint import Checkpoints, load_facts, load_tensors, require_same
 from seqzoo.training.evaluate import bits, evaluate
 from seqzoo.training.logbook import Logbook
+from seqzoo.training.objectives import Objective
 from seqzoo.training.progress import Progress
 from seqzoo.training.schedules import Schedule
 from seqzoo.training.settings import Settings
@@ -46,6 +47,7 @@ class Trainer:
         settings: see there.
         folder: of the run.
         seed: of the order of the documents.
+        objective: what is learned, see `training/objectives.py`.
     """
 
     def __init__(
@@ -59,7 +61,9 @@ class Trainer:
         folder: Path,
         *,
         seed: int,
+        objective: Objective,
     ) -> None:
+        self.objective = objective
         self.model, self.tokenizer, self.optimizers, self.schedule = model, tokenizer, optimizers, schedule
         self.settings, self.folder = settings, folder
         length = settings.sequence_length
@@ -87,9 +91,12 @@ class Trainer:
         """Go on where a checkpoint stands; the model has its weights already.
 
         Raises:
-            ValueError: it is of another model, tokenizer, optimizer or data.
+            ValueError: it is of another model, tokenizer, objective, optimizer or data.
         """
         tensors, facts = load_tensors(path), load_facts(path)
+        then = facts.get("objective", "next_token")  # what there was before there were others
+        if then != self.objective.name:
+            raise ValueError(f"objective: expected that of {path}, {then}, got {self.objective.name}")
         self.batches.load_state_dict(facts["data"])
         load_optimizer_tensors(self.model, self.optimizers, tensors, facts["optimizers"])
         self.step, self.tokens, self.seconds = facts["step"], facts["tokens"], facts["seconds"]
@@ -168,11 +175,11 @@ class Trainer:
         stats, nats, total = None, torch.zeros((), device=device), torch.zeros((), device=device)
         for batch in batches:
             with self._precision():
-                out = model(**batch.inputs(device), num_items_in_batch=targets, stats=stats, use_cache=False)
+                out = self.objective(model, batch.inputs(device), targets, stats)
             out.loss.backward()
             with torch.no_grad():
                 total += out.loss
-                nats += (out.loss - out.aux_loss) * targets
+                nats += out.shown * targets
                 stats = _pooled(stats, out.stats)
         return stats, nats, total
 
@@ -203,19 +210,18 @@ class Trainer:
         """Means since the last record; nothing is known where all its steps were skipped."""
         window = self.window
         if not window["steps"]:
-            return dict(loss=math.nan, bits_per_byte=math.nan, tokens_per_second=0.0)
-        return dict(
-            loss=window["nats"] / window["num_targets"],
-            bits_per_byte=bits(window["nats"], window["num_bytes"]),
-            tokens_per_second=window["tokens"] / window["seconds"],
-        )
+            unknown = dict(bits_per_byte=math.nan) if self.objective.in_nats else {}
+            return dict(loss=math.nan, **unknown, tokens_per_second=0.0)
+        loss, speed = window["nats"] / window["num_targets"], window["tokens"] / window["seconds"]
+        shown = dict(bits_per_byte=bits(window["nats"], window["num_bytes"])) if self.objective.in_nats else {}
+        return dict(loss=loss, **shown, tokens_per_second=speed)
 
     def _save(self, *, must: bool) -> None:
         tensors, generators = random_state()
         facts = dict(
             step=self.step, tokens=self.tokens, seconds=self.seconds, skips=self.skips, window=self.window,
             data=self.batches.state_dict(), random=generators, made_of=made_of(self.model.config, self.tokenizer),
-            optimizers=optimizer_kinds(self.model, self.optimizers),
+            optimizers=optimizer_kinds(self.model, self.optimizers), objective=self.objective.name,
         )  # fmt: skip
         tensors |= optimizer_tensors(self.model, self.optimizers)
         try:

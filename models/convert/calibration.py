@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from seqzoo.models.calls import mixer_calls
 from seqzoo.models.causal_lm import SeqZooForCausalLM
 from seqzoo.models.config import SeqZooConfig
 
@@ -59,7 +60,7 @@ def layer_errors(source: SeqZooForCausalLM, made: SeqZooForCausalLM, ids: Tensor
         ids: [B, T].
     """
     changed, errors = changed_layers(source.config, made.config), {}
-    for i, arguments, expected in _calls(source, ids):
+    for i, (arguments, expected) in enumerate(mixer_calls(source, ids)):
         if i in changed:
             got = made.stack.levels()[i].mixer(*arguments)[0]
             errors[i] = ((got - expected).norm() / expected.norm()).item()
@@ -86,16 +87,3 @@ def importance(source: SeqZooForCausalLM, made: SeqZooForCausalLM, ids: Tensor) 
             theirs.mixer = kept
         lost[i] = (wanted.exp() * (wanted - got)).sum(-1).mean().item()
     return lost
-
-
-def _calls(model: SeqZooForCausalLM, ids: Tensor) -> list[tuple[int, tuple, Tensor]]:
-    """Layer, what its mixer was given, and what it gave."""
-    found: list[tuple[int, tuple, Tensor]] = []
-    note = lambda i: lambda module, given, gave: found.append((i, given[:2], gave[0]))
-    hooks = [block.mixer.register_forward_hook(note(i)) for i, block in enumerate(model.stack.levels())]
-    try:
-        model(ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found

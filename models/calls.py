@@ -1,0 +1,21 @@
+"""What each mixer of a model is given and gives, in one pass."""
+
+from typing import Any
+
+from torch import Tensor
+
+from seqzoo.models.causal_lm import SeqZooForCausalLM
+
+
+def mixer_calls(model: SeqZooForCausalLM, *args: Any, **inputs: Any) -> list[tuple[tuple, Tensor]]:
+    """For each level: what its mixer was called with, (x, span), and its output [B, T, D]. Arguments: the model's."""
+    found: list[tuple[tuple, Tensor]] = []
+    levels = model.stack.levels()
+    note = lambda module, given, gave: found.append((given[:2], gave[0]))
+    hooks = [block.mixer.register_forward_hook(note) for block in dict.fromkeys(levels)]
+    try:
+        model(*args, **inputs, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

@@ -1,0 +1,238 @@
+"""What a run learns: the `objective=` choices.
+
+An objective is called with (model, inputs, targets, stats) for each micro-batch and returns a `Result`. It may say
+which parameters learn (`learns(name)`), and whether its loss is in nats per token (`in_nats`), so that bits mean
+something.
+
+A converted model is recovered by all three, one after the other (`configs/recover.yaml`): its new mixers are aligned
+with the teacher's attention, then its predictions are distilled, then it is trained on. Alignment of mixers on the
+teacher's own hidden states: the first stage of arXiv 2410.10254 (LoLCATs) and 2408.10189 (MOHAWK); distillation: Hinton
+et al. 2015, arXiv 1503.02531.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from seqzoo.data.packing import IGNORED
+from seqzoo.models.calls import mixer_calls
+from seqzoo.models.causal_lm import SeqZooForCausalLM, Stats
+from seqzoo.models.convert.calibration import changed_layers
+from seqzoo.models.convert.loading import load
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Result(NamedTuple):
+    loss: Tensor  # [] what is learned from
+    shown: Tensor  # [] what the log has of it, per token
+    stats: Stats  # what the model's blocks counted; empty where they did not run
+
+
+class Objective(Protocol):
+    name: str
+    in_nats: bool
+
+    def learns(self, name: str) -> bool: ...
+
+    def __call__(self, model: SeqZooForCausalLM, inputs: dict, targets: int, stats: Stats | None) -> Result: ...
+
+
+class NextToken:
+    """Cross-entropy of the next token, and what the blocks add to it."""
+
+    name, in_nats = "next_token", True
+
+    def learns(self, name: str) -> bool:
+        return True
+
+    def __call__(self, model: SeqZooForCausalLM, inputs: dict, targets: int, stats: Stats | None) -> Result:
+        out = model(**inputs, num_items_in_batch=targets, stats=stats, use_cache=False)
+        return Result(out.loss, out.loss - out.aux_loss, out.stats)
+
+
+class Distil:
+    """The teacher's predictions: (1 - weight) cross-entropy + weight temperature^2 KL(teacher || student).
+
+    Args:
+        model: the student, on its device.
+        teacher: folder or hub id, of any architecture that is known.
+        temperature: of both predictions in the divergence.
+        weight: of the divergence, 0 to 1.
+        top: the teacher's likeliest tokens that are looked at, their probabilities made to sum to 1; None is all.
+        cache: folder of the teacher's predictions, one file for each batch that was asked for once; None keeps none. A
+            damaged file is made again.
+        precision: of the teacher's weights, fp32 or bf16.
+
+    Raises:
+        ValueError: a teacher of another vocabulary, or numbers out of range.
+    """
+
+    name, in_nats = "distil", True
+
+    def __init__(
+        self, model: SeqZooForCausalLM, *, teacher: str, temperature: float, weight: float, top: int | None,
+        cache: str | None, precision: str,
+    ) -> None:  # fmt: skip
+        if not temperature > 0:
+            raise ValueError(f"objective.temperature: expected a number above 0, got {temperature!r}")
+        if not 0 <= weight <= 1:
+            raise ValueError(f"objective.weight: expected 0 to 1, got {weight!r}")
+        vocab = model.config.vocab_size
+        if top is not None and not 1 <= top <= vocab:
+            raise ValueError(f"objective.top: expected 1 to {vocab} tokens or null, got {top!r}")
+        self.teacher = load_teacher(teacher, model, precision)
+        self.temperature, self.weight, self.top = temperature, weight, top
+        self.cache = None if cache is None else Path(cache)
+        self.key = _identity(self.teacher, top).encode() if self.cache else b""
+
+    def learns(self, name: str) -> bool:
+        return True
+
+    def __call__(self, model: SeqZooForCausalLM, inputs: dict, targets: int, stats: Stats | None) -> Result:
+        tokens, wanted = self.predictions(inputs)
+        out = model(**inputs, num_items_in_batch=targets, stats=stats, use_cache=False)
+        logits = out.logits.float()
+        near = logits if tokens is None else logits.gather(-1, tokens)
+        wanted = (wanted / self.temperature).log_softmax(-1)
+        # what is not looked at is no part of either prediction
+        got = (near / self.temperature).log_softmax(-1)
+        there = inputs["shift_labels"] != IGNORED
+        divergence = (wanted.exp() * (wanted - got)).sum(-1)[there].sum() / targets
+        told = out.loss - out.aux_loss
+        loss = (1 - self.weight) * told + self.weight * self.temperature**2 * divergence + out.aux_loss
+        return Result(loss, told, out.stats)
+
+    @torch.no_grad()
+    def predictions(self, inputs: dict) -> tuple[Tensor | None, Tensor]:
+        """Tokens [R, T, top], or None for all, and the teacher's logits of them, fp32."""
+        path = None if self.cache is None else self.cache / f"{self._name(inputs)}.safetensors"
+        kept = None if path is None else _read(path)
+        if kept is None:
+            given = {name: x for name, x in inputs.items() if name != "shift_labels"}
+            logits = self.teacher(**given, use_cache=False).logits.float()
+            kept = dict(logits=logits) if self.top is None else _likeliest(logits, self.top)
+            if path is not None:
+                _write(path, kept)
+        device = inputs["input_ids"].device
+        return kept["tokens"].to(device) if "tokens" in kept else None, kept["logits"].to(device)
+
+    def _name(self, inputs: dict) -> str:
+        digest = hashlib.sha256(self.key)
+        for name in ("input_ids", "position_ids"):
+            digest.update(f"{list(inputs[name].shape)}".encode() + inputs[name].cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+class Align:
+    """Every mixer that is not the teacher's gives what the teacher's gives, on the teacher's own hidden states.
+
+    The loss is the mean over those layers of ||student - teacher||^2 / ||teacher||^2; only their mixers learn.
+
+    Args:
+        model: the student, on its device.
+        teacher: folder or hub id, of any architecture that is known.
+        precision: of the teacher's weights, fp32 or bf16.
+
+    Raises:
+        ValueError: a teacher of another depth, width or vocabulary, or one whose mixers are all the student's.
+    """
+
+    name, in_nats = "align", False
+
+    def __init__(self, model: SeqZooForCausalLM, *, teacher: str, precision: str) -> None:
+        self.teacher = load_teacher(teacher, model, precision)
+        self.layers = changed_layers(self.teacher.config, model.config)
+        if not self.layers:
+            raise ValueError(
+                f"objective.teacher: expected mixers that are not the student's, got {teacher} with the same"
+            )
+
+    def learns(self, name: str) -> bool:
+        return any(name.startswith(f"stack.blocks.{i}.mixer.") for i in self.layers)
+
+    def __call__(self, model: SeqZooForCausalLM, inputs: dict, targets: int, stats: Stats | None) -> Result:
+        given = {name: x for name, x in inputs.items() if name != "shift_labels"}
+        with torch.no_grad():
+            calls = mixer_calls(self.teacher, **given)
+        levels, errors = model.stack.levels(), []
+        for i in self.layers:
+            (x, span), wanted = calls[i]
+            got = levels[i].mixer(x, span)[0].float()
+            errors.append((got - wanted.float()).square().sum() / wanted.float().square().sum())
+        there = (inputs["shift_labels"] != IGNORED).sum()
+        loss = torch.stack(errors).mean() * there / targets  # of a step of several micro-batches, each its share
+        return Result(loss, loss, [{} for _ in levels])
+
+
+def next_token(model: SeqZooForCausalLM) -> Objective:
+    return NextToken()
+
+
+def distil(model: SeqZooForCausalLM, **options) -> Objective:
+    return Distil(model, **options)
+
+
+def align(model: SeqZooForCausalLM, **options) -> Objective:
+    return Align(model, **options)
+
+
+def load_teacher(teacher: str, student: SeqZooForCausalLM, precision: str) -> SeqZooForCausalLM:
+    """In eval mode, without gradients, where the student is.
+
+    Raises:
+        ValueError: a teacher that cannot be opened, of another vocabulary, or an unknown precision.
+    """
+    if precision not in DTYPES:
+        raise ValueError(f"objective.precision: expected one of {[*DTYPES]}, got {precision!r}")
+    how = dict(revision=None, pickle=False, allow_nonfinite=False)
+    model = load(teacher, dtype=DTYPES[precision], device=next(student.parameters()).device, **how)
+    if model.config.vocab_size != student.config.vocab_size:
+        sizes = f"{student.config.vocab_size}, got {model.config.vocab_size}"
+        raise ValueError(f"objective.teacher: expected the student's vocab_size, {sizes}")
+    return model.requires_grad_(False)
+
+
+def _likeliest(logits: Tensor, top: int) -> dict[str, Tensor]:
+    values, tokens = logits.topk(top)
+    return dict(logits=values, tokens=tokens)
+
+
+def _identity(teacher: SeqZooForCausalLM, top: int | None) -> str:
+    """Of what predicts: the weights, and what is kept of a prediction."""
+    digest = hashlib.sha256(teacher.config.to_json_string().encode())
+    for name, x in teacher.state_dict().items():
+        digest.update(name.encode() + x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return f"{digest.hexdigest()} {top}"
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    """None where there is no such file, or a damaged one."""
+    try:
+        kept = load_file(path)
+        check = kept.pop("check")
+        return kept if check.tolist() == _sum(kept) else None
+    except (FileNotFoundError, SafetensorError, KeyError):
+        return None
+
+
+def _write(path: Path, kept: dict[str, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    kept = {name: x.cpu().contiguous() for name, x in kept.items()}
+    save_file({**kept, "check": torch.tensor(_sum(kept))}, partial)
+    os.replace(partial, path)
+
+
+def _sum(kept: dict[str, Tensor]) -> list[int]:
+    """The first bytes of a checksum."""
+    digest = hashlib.sha256()
+    for name in sorted(kept):
+        digest.update(kept[name].cpu().contiguous().numpy().tobytes())
+    return list(digest.digest()[:8])
