@@ -8,6 +8,8 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedConfig,
@@ -28,6 +30,7 @@ class Small(NamedTuple):
     model: type[PreTrainedModel]
     shapes: dict[str, dict[str, Any]]  # what a shape has of its own
     base: dict[str, Any] = {}  # what all its shapes have
+    cached: bool = True  # whether theirs generates with its cache what it does without (transformers 5.24)
 
 
 _BASE = dict(
@@ -60,6 +63,20 @@ SMALL = {
                 )
             ),
         },
+    ),
+    "minimax": Small(
+        MiniMaxConfig,
+        MiniMaxForCausalLM,
+        {
+            "plain": {},
+            "weights, windows": dict(
+                num_hidden_layers=4, layer_types=["linear_attention"] * 3 + ["full_attention"], sliding_window=7,
+                full_attn_alpha_factor=1.5, full_attn_beta_factor=0.5, linear_attn_alpha_factor=3.5,
+                linear_attn_beta_factor=2.0, mlp_alpha_factor=0.7, mlp_beta_factor=1.2, num_experts_per_tok=1,
+            ),
+        },
+        dict(num_local_experts=4, head_dim=8),
+        cached=False,  # other tokens with a window, and after padding
     ),
     "mistral": Small(
         MistralConfig, MistralForCausalLM, {"window": dict(sliding_window=7), "no window": dict(sliding_window=None)}

@@ -53,7 +53,7 @@ def test_gradients(pair):
 def test_generation_token_for_token(pair, padding):
     ids, mask = padded(T=11) if padding else (torch.randint(2, VOCAB, (2, 9)), torch.ones(2, 9, dtype=torch.long))
     how = dict(attention_mask=mask, max_new_tokens=16, do_sample=False)
-    ours, theirs = pair.ours.generate(ids, **how), pair.theirs.generate(ids, **how)
+    ours, theirs = pair.ours.generate(ids, **how), pair.theirs.generate(ids, use_cache=SMALL[pair.kind].cached, **how)
     assert torch.equal(ours, theirs) and ours.shape[1] == ids.shape[1] + 16
 
 
