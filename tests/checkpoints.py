@@ -16,6 +16,10 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -38,6 +42,10 @@ _BASE = dict(
     num_key_value_heads=2, max_position_embeddings=96, pad_token_id=0, bos_token_id=1, eos_token_id=None,
 )  # fmt: skip
 _EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=10, head_dim=8)
+_HYBRID = dict(
+    num_hidden_layers=4, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=6,
+    linear_value_head_dim=5,
+)  # fmt: skip
 _WINDOWS = dict(use_sliding_window=True, sliding_window=7)
 _YARN = dict(rope_type="yarn", rope_theta=1e3, factor=4.0, original_max_position_embeddings=24)
 
@@ -108,6 +116,24 @@ SMALL = {
             "windows, every second": dict(_WINDOWS, decoder_sparse_step=2, router_aux_loss_coef=0.05),
         },
         _EXPERTS,
+    ),
+    "qwen3_5_text": Small(
+        Qwen3_5TextConfig,
+        Qwen3_5ForCausalLM,
+        {
+            "as published": {},
+            "tied, biases": dict(
+                tie_word_embeddings=True, attention_bias=True, linear_num_value_heads=2, num_hidden_layers=2,
+                layer_types=["full_attention", "linear_attention"],
+            ),
+        },
+        _HYBRID,
+    ),
+    "qwen3_5_moe_text": Small(
+        Qwen3_5MoeTextConfig,
+        Qwen3_5MoeForCausalLM,
+        {"as published": {}},
+        dict(_HYBRID, **_EXPERTS | dict(head_dim=16), shared_expert_intermediate_size=14),
     ),
 }  # fmt: skip
 

@@ -90,3 +90,30 @@ def test_config_there_and_back(pair):
     arch = architecture(pair.kind)
     again = SMALL[pair.kind].config.from_dict(arch.to_theirs(pair.ours.config))
     assert differences(describe(arch.to_ours(again.to_dict())), describe(pair.ours.config)) == []
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_5_moe"])
+def test_one_that_sees(kind, tmp_path):
+    """Its text part is ours, its eyes are kept, the way back is identical; a model without eyes is none of these."""
+    import transformers
+
+    name = {"qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe"}[kind]
+    text = small(f"{kind}_text", "as published").config
+    eyes = dict(
+        depth=1, hidden_size=8, intermediate_size=8, num_heads=2, out_hidden_size=24, num_position_embeddings=16
+    )
+    config = getattr(transformers, f"{name}Config")(text_config=text.to_dict(), vision_config=eyes)
+    theirs = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    theirs.set_experts_implementation("eager")
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.25)
+    theirs.save_pretrained(tmp_path / "theirs")
+    report = convert(tmp_path / "theirs", tmp_path / "ours")
+    assert any("visual" in key for fate in report.fates if fate.what == "kept" for key in fate.sources)
+    ours, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval(), torch.randint(VOCAB, (2, 17))
+    assert_relative(ours(ids).logits, theirs(input_ids=ids).logits)
+    convert(tmp_path / "ours", tmp_path / "back")
+    assert_same_folder(tmp_path / "theirs", tmp_path / "back")
+    ours.save_pretrained(tmp_path / "alone")
+    with pytest.raises(ValueError, match="with vision: expected a folder that came of one; write .*_text. instead"):
+        convert(tmp_path / "alone", tmp_path / "no", to=kind)

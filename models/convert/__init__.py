@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from seqzoo.models.convert.report import Report
 
 _HOUSE = {  # the files here that are no architecture
-    *("adopt", "approximate", "calibration", "cli", "folders", "layouts", "loading", "origin", "plain", "report"),
-    *("rules", "verify", "writing"),
+    *("adopt", "approximate", "calibration", "cli", "folders", "layouts", "loading", "origin", "plain", "qwen3_hybrid"),
+    *("report", "rules", "verify", "writing"),
 }
 
 

@@ -149,7 +149,12 @@ def of_layer_types(windows: list[int | None]) -> dict[str, Any]:
 
 def rope_spec(c: Any, width: int) -> Spec:
     """Raises ValueError: an odd number of channels to turn."""
-    rope = {name: value for name, value in c.rope_parameters.items() if name != "type" and value is not None}
+    unread = {
+        "type",
+        "mrope_section",
+        "mrope_interleaved",
+    }  # an old word; where pictures stand, which text does not ask
+    rope = {name: value for name, value in c.rope_parameters.items() if name not in unread and value is not None}
     turned = int(width * rope.pop("partial_rotary_factor", 1.0))
     theta, kind = float(rope.pop("rope_theta")), rope.pop("rope_type", "default")
     if turned % 2:
