@@ -52,8 +52,11 @@ def conv(T: int, C: int) -> Case:
 
 def heads(T: int, H: int, HV: int, width: int) -> Case:
     qkv, ba = torch.randn(1, T, (2 * H + HV) * width), torch.randn(1, T, 2 * HV)
-    public = lambda qkv, ba, a_log, dt_bias, H, K: delta_inputs(qkv, ba, a_log, dt_bias, num_key_heads=H, key_width=K)
-    return Case(DELTA_INPUTS, public, [qkv, ba, torch.rand(HV), torch.randn(HV)], (H, width))
+
+    def public(qkv: Tensor, ba: Tensor, a_log: Tensor, dt_bias: Tensor, H: int, K: int, beta_scale: float) -> tuple:
+        return delta_inputs(qkv, ba, a_log, dt_bias, num_key_heads=H, key_width=K, beta_scale=beta_scale)
+
+    return Case(DELTA_INPUTS, public, [qkv, ba, torch.rand(HV), torch.randn(HV)], (H, width, 1.0))
 
 
 ONE = {

@@ -23,6 +23,7 @@ INDEX = [5, -1, 0]
 SIZES = [dict(H=2, HV=4, K=7, V=19, W=4), dict(H=1, HV=1, K=24, V=40, W=2), dict(H=1, HV=2, K=3, V=5, W=1)]
 SIZES += [dict(H=1, HV=2, K=130, V=70, W=5)]  # columns in two slices
 NEAR = dict(rtol=1e-4, atol=1e-5)
+BETA = pytest.mark.parametrize("beta_scale", [1.0, 2.0])
 
 
 @pytest.fixture(autouse=True)
@@ -45,24 +46,25 @@ def some(inputs, rows):
     return [x[rows] if n < 3 else x for n, x in enumerate(inputs)]
 
 
+@BETA
 @pytest.mark.parametrize("sizes", SIZES)
-def test_is_its_parts(sizes):
+def test_is_its_parts(sizes, beta_scale):
     """The definition, in fp64, where nothing is rounded between them."""
     inputs, past, state = drawn(5, **sizes, dtype=torch.float64)
     qkv, ba, gate, filters, a_log, dt_bias, weight = inputs
     starts, past, state = torch.rand(B, 5) < 0.3, past[:B], state[:B].double()
-    y, window, last = delta_step_reference(*inputs, past, state, starts, EPS)
+    y, window, last = delta_step_reference(*inputs, past, state, starts, EPS, beta_scale)
     mixed, expected_window = short_conv_reference(qkv, filters, past, starts)
-    ready = delta_inputs_reference(mixed, ba, a_log, dt_bias, sizes["H"], sizes["K"])
+    ready = delta_inputs_reference(mixed, ba, a_log, dt_bias, sizes["H"], sizes["K"], beta_scale)
     o, expected = gated_delta_rule_reference(*ready, state, starts)
     torch.testing.assert_close(y, gated_rms_norm_reference(o, gate, weight, EPS))
     torch.testing.assert_close((window, last), (expected_window, expected))
 
 
-@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("T, beta_scale", [(1, 1.0), (5, 2.0)])
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_is_the_definition(sizes, backend, T):
+def test_is_the_definition(sizes, backend, T, beta_scale):
     """On the states that the index names, with documents that start inside; nothing else in the pools is touched."""
     inputs, conv_pool, pool = drawn(T, **sizes)
     index, starts, before = (
@@ -75,9 +77,9 @@ def test_is_the_definition(sizes, backend, T):
     for x in inputs[:3]:
         x[~live] = torch.nan
     with use_backend(backend):
-        y = delta_step_(*inputs, conv_pool, pool, index, starts, eps=EPS)
+        y = delta_step_(*inputs, conv_pool, pool, index, starts, eps=EPS, beta_scale=beta_scale)
     expected = delta_step_reference(
-        *some(inputs, live), *(x[slots] for x in before), None if starts is None else starts[live], EPS
+        *some(inputs, live), *(x[slots] for x in before), None if starts is None else starts[live], EPS, beta_scale
     )
     torch.testing.assert_close((y[live], conv_pool[slots], pool[slots]), expected, **NEAR)
     assert not y[~live].any()
@@ -106,7 +108,7 @@ def test_sixteen_bits(dtype):
     """All is in fp32 but what comes in and goes out."""
     inputs, conv_pool, pool = drawn(4, **SIZES[0], dtype=dtype)
     wide = [x.float() for x in inputs]
-    y, window, state = delta_step_reference(*wide, conv_pool[:B].clone(), pool[:B].clone(), None, EPS)
+    y, window, state = delta_step_reference(*wide, conv_pool[:B].clone(), pool[:B].clone(), None, EPS, 1.0)
     with use_backend("triton"):
         got = delta_step_(*inputs, conv_pool, pool, eps=EPS)
     assert got.dtype == dtype
@@ -148,11 +150,14 @@ def test_bad_input_is_named():
     for message, arguments in bad.items():
         with pytest.raises(ValueError, match=f"delta_step_: {message}"):
             delta_step_.__wrapped__(*arguments, eps=EPS)
+    with pytest.raises(ValueError, match="delta_step_: beta_scale: expected 1 or 2, got 0.5"):
+        delta_step_(*inputs, conv_pool, pool, eps=EPS, beta_scale=0.5)
 
 
-def test_the_layer_decodes_by_it(monkeypatch):
+@BETA
+def test_the_layer_decodes_by_it(monkeypatch, beta_scale):
     """Prefill by the parts, then steps of one and more tokens, of which one begins a document: as on a CPU."""
-    layer = GatedDeltaNet(16, num_key_heads=2, num_value_heads=4, key_width=6, value_width=10).eval()
+    layer = GatedDeltaNet(16, num_key_heads=2, num_value_heads=4, key_width=6, value_width=10, beta_scale=beta_scale)
     x, starts, cuts = torch.randn(2, 21, 16), torch.zeros(2, 21, dtype=torch.bool), ((0, 17), (17, 18), (18, 21))
     starts[1, 19] = True
 

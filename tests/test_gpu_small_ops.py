@@ -7,7 +7,19 @@ from inspect import unwrap
 import pytest
 import torch
 import torch.utils.checkpoint
-from test_small_ops import CASES, as_dtype, assert_near, conv, gated, inputs, norm, several, spread, values_and_grads
+from test_small_ops import (
+    CASES,
+    as_dtype,
+    assert_near,
+    conv,
+    gated,
+    inputs,
+    inputs_of,
+    norm,
+    several,
+    spread,
+    values_and_grads,
+)
 from torch.testing import assert_close
 
 from seqzoo.kernels import gpu
@@ -77,7 +89,7 @@ def test_is_the_definition(case, dtype):
 
 BLOCKS = {
     "inputs": lambda: inputs(2, 3, 2, 4, 3, 5),
-    "inputs, more key heads than in a block": lambda: inputs(1, 3, 3, 3, 5, 2),
+    "inputs, more key heads than in a block": lambda: inputs(1, 3, 3, 3, 5, 2, 2.0),
     "norm": lambda: norm(11, 3),
     "gated": lambda: gated(3, 5, 6),
     "conv": lambda: conv(2, 11, 10, 4, documents=True),
@@ -132,8 +144,8 @@ def test_inputs_of_a_token_depend_on_no_other():
 
 def test_values_are_a_view():
     for learns in (False, True):
-        _, (qkv, *others), (H, K) = inputs(2, 3, 2, 4, 5, 3)
-        v = DELTA_INPUTS["triton"](qkv.requires_grad_(learns), *others, H, K).v
+        _, (qkv, *others), (H, K, scale) = inputs(2, 3, 2, 4, 5, 3)
+        v = DELTA_INPUTS["triton"](qkv.requires_grad_(learns), *others, H, K, scale).v
         assert v.data_ptr() == qkv[..., 2 * H * K :].data_ptr() and v.requires_grad == learns
 
 
@@ -143,11 +155,11 @@ def test_extreme_gates():
     truth = torch.nn.functional.silu(x.double())
     y, _ = conv(1, 1, 1, 1)[0]["triton"](x, torch.ones(9, 1), None, None)
     assert_close(y.double(), truth, atol=1e-30, rtol=1e-5)
-    *_, g, beta = DELTA_INPUTS["triton"](torch.randn(2, 3, 11), torch.cat([x, x], -1), *torch.zeros(2, 9), 1, 1)
+    *_, g, beta = DELTA_INPUTS["triton"](torch.randn(2, 3, 11), torch.cat([x, x], -1), *torch.zeros(2, 9), 1, 1, 1.0)
     assert_close(g.double(), -torch.nn.functional.softplus(x.double()), atol=1e-30, rtol=1e-5)
     assert_close(beta.double(), x.double().sigmoid(), atol=1e-30, rtol=1e-5)
     a = torch.linspace(-2.0, 2.0, 41)[None, None]
-    *_, g, _ = DELTA_INPUTS["triton"](torch.randn(1, 1, 43), torch.cat([a, a], -1), *torch.zeros(2, 41), 1, 1)
+    *_, g, _ = DELTA_INPUTS["triton"](torch.randn(1, 1, 43), torch.cat([a, a], -1), *torch.zeros(2, 41), 1, 1, 1.0)
     assert_close(g.double(), -torch.nn.functional.softplus(a.double()), atol=0, rtol=1e-6)
 
 
@@ -245,7 +257,7 @@ PUBLIC = {
     "norm": (lambda x, weight, eps, offset: rms_norm(x, weight, eps, offset=offset), lambda: norm(5, 6)),
     "gated": (gated_rms_norm, lambda: gated(5, 6)),
     "conv": (short_conv, lambda: conv(2, 3, 5, 4, documents=True)),
-    "inputs": (lambda *x: delta_inputs(*x[:4], num_key_heads=x[4], key_width=x[5]), lambda: inputs(1, 2, 2, 2, 3, 5)),
+    "inputs": (inputs_of, lambda: inputs(1, 2, 2, 2, 3, 5, 2.0)),
     "spike": (lambda x: spike(x, through_threshold=True), lambda: (SPIKE, [torch.randn(3, 9)], ())),
 }
 

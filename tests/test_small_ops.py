@@ -47,9 +47,9 @@ def conv(B, T, C, W, past=True, documents=False):
     return SHORT_CONV, [x, weight, kept], (starts,)
 
 
-def inputs(B, T, H, HV, K, V):
+def inputs(B, T, H, HV, K, V, beta_scale=1.0):
     qkv, ba = torch.randn(B, T, 2 * H * K + HV * V), 8 * torch.randn(B, T, 2 * HV)
-    return DELTA_INPUTS, [qkv, ba, 3 * torch.rand(HV), torch.randn(HV)], (H, K)
+    return DELTA_INPUTS, [qkv, ba, 3 * torch.rand(HV), torch.randn(HV)], (H, K, beta_scale)
 
 
 CASES = {
@@ -72,6 +72,7 @@ CASES = {
     "conv documents, no past": lambda: conv(2, 260, 5, 3, past=False, documents=True),
     "inputs one": lambda: inputs(1, 1, 4, 8, 32, 16),
     "inputs odd": lambda: inputs(2, 5, 2, 4, 3, 5),
+    "inputs, steps up to 2, odd": lambda: inputs(2, 5, 2, 2, 3, 5, 2.0),
     "inputs blocks": lambda: inputs(2, 150, 3, 18, 37, 7),
 }
 every = pytest.mark.parametrize("case", CASES)
@@ -228,8 +229,8 @@ def test_a_gate_or_weight_in_fp16_beside_wider_rows():
     assert_close(gated_rms_norm(x, gate, weight, 1e-3), GATED_RMS_NORM["reference"](x, gate, weight, 1e-3))
 
 
-def inputs_of(qkv, ba, a_log, dt_bias, H, K):
-    return delta_inputs(qkv, ba, a_log, dt_bias, num_key_heads=H, key_width=K)
+def inputs_of(qkv, ba, a_log, dt_bias, H, K, beta_scale):
+    return delta_inputs(qkv, ba, a_log, dt_bias, num_key_heads=H, key_width=K, beta_scale=beta_scale)
 
 
 PUBLIC = {
@@ -237,6 +238,7 @@ PUBLIC = {
     "gated odd": gated_rms_norm,
     "conv strips": short_conv,
     "inputs odd": inputs_of,
+    "inputs, steps up to 2, odd": inputs_of,
 }
 
 
@@ -343,6 +345,8 @@ def wrong_calls():
     )
     yield "delta_inputs: dt_bias: expected", lambda: delta_inputs(qkv, ba, two, two[:1], num_key_heads=1, key_width=2)
     yield "expected >= 1", lambda: delta_inputs(qkv, ba, two, two, num_key_heads=0, key_width=2)
+    scaled = dict(num_key_heads=1, key_width=2, beta_scale=1.5)
+    yield "beta_scale: expected 1 or 2, got 1.5", lambda: delta_inputs(qkv, ba, two, two, **scaled)
 
 
 @pytest.mark.parametrize("message", [message for message, _ in wrong_calls()])

@@ -8,7 +8,7 @@ from seqzoo.kernels.delta_inputs.reference import DeltaInputs
 
 
 def delta_inputs_composed(
-    qkv: Tensor, ba: Tensor, a_log: Tensor, dt_bias: Tensor, num_key_heads: int, key_width: int
+    qkv: Tensor, ba: Tensor, a_log: Tensor, dt_bias: Tensor, num_key_heads: int, key_width: int, beta_scale: float
 ) -> DeltaInputs:
     """Same as `delta_inputs_reference`."""
     dtype = torch.promote_types(qkv.dtype, torch.float32)
@@ -17,7 +17,8 @@ def delta_inputs_composed(
     q, k = (_unit(x.to(dtype).unflatten(-1, (num_key_heads, key_width))) for x in (q, k))
     b, a = ba.chunk(2, dim=-1)
     g = -a_log.to(dtype).exp() * F.softplus(a.to(dtype) + dt_bias)
-    return DeltaInputs(q * key_width**-0.5, k, v.unflatten(-1, (b.shape[-1], -1)), g, b.to(dtype).sigmoid())
+    beta = beta_scale * b.to(dtype).sigmoid()
+    return DeltaInputs(q * key_width**-0.5, k, v.unflatten(-1, (b.shape[-1], -1)), g, beta)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 //
 //     q = s r x,  r = (x . x + 1e-6)^-1/2        dx = s r (dq - x r^2 (dq . x)),  s = K^-1/2 for q, 1 for k
 //     g = -e^a_log softplus(a + dt_bias)         da = -dg e^a_log sigmoid(a + dt_bias)
-//     beta = sigmoid(b)                          db = dbeta beta (1 - beta)
+//     beta = c sigmoid(b)                        db = dbeta beta (1 - sigmoid(b)),  c = beta_scale
 //
 // Tokens come in blocks of a fixed number; the gradients of a_log (sum of dg g) and dt_bias (sum of da) are summed inside a block, then
 // over blocks in order, so they do not depend on the number of threads.
@@ -19,6 +19,7 @@ extern "C" struct Call {  // as in cpp.py
   int64_t B, T, H, HV, K, V;
   int64_t qkv_bf16, ba_bf16, a_log_bf16, dt_bias_bf16;
   int64_t qkv_batch, qkv_time, ba_batch, ba_time;  // elements between batches, tokens
+  double beta_scale;
   const void *qkv, *ba, *a_log, *dt_bias;
   float *q, *k, *g, *beta;  // [B, T, H, K] and [B, T, HV]; in backward their gradients
   const void* dv;           // [B, T, HV, V]
@@ -66,7 +67,7 @@ template <typename X, typename G> struct Inputs {  // elements of qkv and of ba
 
   void forward() const {
     const long K = a.K, heads = a.H;
-    const float scale = 1 / std::sqrt((float)K);
+    const float scale = 1 / std::sqrt((float)K), most = a.beta_scale;
     tokens(2 * heads * K, [&](long, long i) {
       const X* x = qkv()(i);
       const G *b = ba()(i), *decay = b + a.HV;
@@ -77,7 +78,7 @@ template <typename X, typename G> struct Inputs {  // elements of qkv and of ba
       }
       for (long h = 0; h < a.HV; h += LANES) {
         const long n = a.HV - h;
-        put(a.beta + i * a.HV + h, sigmoid(get(b + h, n)), n);
+        put(a.beta + i * a.HV + h, sigmoid(get(b + h, n)) * most, n);
         put(a.g + i * a.HV + h, load(&gates.rate[h]) * softplus(get(decay + h, n) + load(&gates.bias[h])), n);
       }
     });
@@ -85,7 +86,7 @@ template <typename X, typename G> struct Inputs {  // elements of qkv and of ba
 
   void backward() const {
     const long K = a.K, heads = a.H, width = 2 * heads * K + a.HV * a.V, row = padded(a.HV);
-    const float scale = 1 / std::sqrt((float)K);
+    const float scale = 1 / std::sqrt((float)K), most = a.beta_scale;
     std::vector<float> partial(blocks() * 2 * row);
     tokens(width, [&](long block, long i) {
       const X* x = qkv()(i);
@@ -106,10 +107,10 @@ template <typename X, typename G> struct Inputs {  // elements of qkv and of ba
       float* sums = &partial[block * 2 * row];
       for (long h = 0; h < a.HV; h += LANES) {
         const long n = a.HV - h;
-        const Vec beta = sigmoid(get(b + h, n)), at = get(decay + h, n) + load(&gates.bias[h]);
+        const Vec share = sigmoid(get(b + h, n)), at = get(decay + h, n) + load(&gates.bias[h]);
         const Vec dg = get(a.g + i * a.HV + h, n) * load(&gates.rate[h]), da = dg * sigmoid(at);
         G* dba = (G*)a.dba + i * 2 * a.HV + h;
-        put(dba, get(a.beta + i * a.HV + h, n) * beta * (1.0f - beta), n);
+        put(dba, get(a.beta + i * a.HV + h, n) * most * share * (1.0f - share), n);
         put(dba + a.HV, da, n);
         store(sums + h, load(sums + h) + dg * softplus(at));
         store(sums + row + h, load(sums + row + h) + da);

@@ -17,7 +17,7 @@ MOST = 512  # channels of a key
 
 
 def delta_inputs_triton(
-    qkv: Tensor, ba: Tensor, a_log: Tensor, dt_bias: Tensor, num_key_heads: int, key_width: int
+    qkv: Tensor, ba: Tensor, a_log: Tensor, dt_bias: Tensor, num_key_heads: int, key_width: int, beta_scale: float
 ) -> DeltaInputs:
     """Same as `delta_inputs_reference`.
 
@@ -27,9 +27,9 @@ def delta_inputs_triton(
     needs_gpu(qkv)
     inputs = qkv, ba, a_log, dt_bias
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        return DeltaInputs(*_DeltaInputs.apply(*inputs, num_key_heads, key_width))
+        return DeltaInputs(*_DeltaInputs.apply(*inputs, num_key_heads, key_width, beta_scale))
     run = _registered if torch.compiler.is_compiling() else forward
-    q, k, g, beta = run(*inputs, num_key_heads, key_width)
+    q, k, g, beta = run(*inputs, num_key_heads, key_width, beta_scale)
     return DeltaInputs(q, k, _values(qkv, a_log, num_key_heads, key_width), g, beta)
 
 
@@ -48,7 +48,7 @@ def _config(kernel: str, qkv: Tensor, HV: int, H: int, K: int) -> tuple[dict, in
 
 
 def forward(
-    qkv: Tensor, ba: Tensor, a_log: Tensor, dt_bias: Tensor, H: int, K: int
+    qkv: Tensor, ba: Tensor, a_log: Tensor, dt_bias: Tensor, H: int, K: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, g, beta."""
     from seqzoo.kernels.delta_inputs.gpu_kernels import delta_inputs_forward
@@ -60,7 +60,7 @@ def forward(
         return q, k, g, beta
     config, blocks = _config("forward", qkv, HV, H, K)
     steps = *qkv.stride()[:2], *ba.stride()[:2]
-    launch(delta_inputs_forward, (blocks, 3), qkv, ba, a_log, dt_bias, q, k, g, beta, B * T, T, *steps, **config)
+    launch(delta_inputs_forward, (blocks, 3), qkv, ba, a_log, dt_bias, q, k, g, beta, scale, B * T, T, *steps, **config)
     return q, k, g, beta
 
 
@@ -71,7 +71,7 @@ def _made(qkv: Tensor, HV: int, H: int, K: int) -> tuple[Tensor, Tensor, Tensor,
 
 
 def backward(
-    qkv: Tensor, ba: Tensor, a_log: Tensor, dt_bias: Tensor, grads: list[Tensor], H: int, K: int
+    qkv: Tensor, ba: Tensor, a_log: Tensor, dt_bias: Tensor, grads: list[Tensor], H: int, K: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the inputs; `grads`: of q, k, v, g, beta."""
     from seqzoo.kernels.delta_inputs.gpu_kernels import delta_inputs_backward
@@ -85,32 +85,32 @@ def backward(
     config |= dict(V=V, C=qkv.shape[-1], BV=1 << (V - 1).bit_length())
     dheads = qkv.new_empty((blocks, 2, HV), dtype=torch.float32)
     steps = *inputs[0].stride()[:2], *inputs[1].stride()[:2]
-    launch(delta_inputs_backward, (blocks, 4), *inputs, *given, dqkv, dba, dheads, B * T, T, *steps, **config)
+    launch(delta_inputs_backward, (blocks, 4), *inputs, *given, dqkv, dba, dheads, scale, B * T, T, *steps, **config)
     da_log, ddt_bias = dheads.sum(0).unbind()
     return dqkv, dba, da_log.to(a_log.dtype, copy=True), ddt_bias.to(dt_bias.dtype, copy=True)
 
 
 @torch.library.custom_op("seqzoo::delta_inputs_triton", mutates_args=())
 def _registered(
-    qkv: Tensor, ba: Tensor, a_log: Tensor, dt_bias: Tensor, H: int, K: int
+    qkv: Tensor, ba: Tensor, a_log: Tensor, dt_bias: Tensor, H: int, K: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return forward(qkv, ba, a_log, dt_bias, H, K)
+    return forward(qkv, ba, a_log, dt_bias, H, K, scale)
 
 
 @_registered.register_fake
-def _(qkv, ba, a_log, dt_bias, H, K):
+def _(qkv, ba, a_log, dt_bias, H, K, scale):
     return _made(qkv, a_log.shape[0], H, K)
 
 
 @torch.library.custom_op("seqzoo::delta_inputs_triton_backward", mutates_args=())
 def _gradients(
-    qkv: Tensor, ba: Tensor, a_log: Tensor, dt_bias: Tensor, grads: list[Tensor], H: int, K: int
+    qkv: Tensor, ba: Tensor, a_log: Tensor, dt_bias: Tensor, grads: list[Tensor], H: int, K: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return backward(qkv, ba, a_log, dt_bias, grads, H, K)
+    return backward(qkv, ba, a_log, dt_bias, grads, H, K, scale)
 
 
 @_gradients.register_fake
-def _(qkv, ba, a_log, dt_bias, grads, H, K):
+def _(qkv, ba, a_log, dt_bias, grads, H, K, scale):
     return tuple(x.new_empty(x.shape) for x in (qkv, ba, a_log, dt_bias))
 
 
@@ -118,16 +118,18 @@ class _DeltaInputs(torch.autograd.Function):
     """Around the registered ops, which may not return a view, as v is."""
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, ba: Tensor, a_log: Tensor, dt_bias: Tensor, H: int, K: int) -> tuple[Tensor, ...]:
+    def forward(
+        ctx, qkv: Tensor, ba: Tensor, a_log: Tensor, dt_bias: Tensor, H: int, K: int, scale: float
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(qkv, ba, a_log, dt_bias)
-        ctx.sizes = H, K
-        q, k, g, beta = _registered(qkv, ba, a_log, dt_bias, H, K)
+        ctx.sizes = H, K, scale
+        q, k, g, beta = _registered(qkv, ba, a_log, dt_bias, H, K, scale)
         return q, k, _values(qkv, a_log, H, K), g, beta
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_gradients(*ctx.saved_tensors, list(grads), *ctx.sizes), None, None
+        return *_gradients(*ctx.saved_tensors, list(grads), *ctx.sizes), None, None, None
 
 
 def examples(make: Callable) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -149,5 +151,5 @@ def examples(make: Callable) -> Iterator[tuple[str, Callable[[], object]]]:
         grads = [make((B, T, H, K), full), make((B, T, H, K), full), make((B, T, HV, V), dtype)]
         grads += [make((B, T, HV), full), make((B, T, HV), full)]
         name = f"{H} and {HV} heads of {K} and {V}, {dtype}"
-        yield f"forward {name}", lambda x=(*inputs, H, K): forward(*x)
-        yield f"backward {name}", lambda x=(*inputs, grads, H, K): backward(*x)
+        yield f"forward {name}", lambda x=(*inputs, H, K, 2.0): forward(*x)
+        yield f"backward {name}", lambda x=(*inputs, grads, H, K, 2.0): backward(*x)

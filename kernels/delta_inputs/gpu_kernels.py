@@ -50,15 +50,15 @@ def _unit(qkv, out, part, n, T, row_step, token_step, scale, H, K, BR: tl.conste
 
 
 @triton.jit
-def _open(ba, a_log, dt_bias, g, beta, n, T, ba_row, ba_token, HV, BT: tl.constexpr, BH: tl.constexpr):
+def _open(ba, a_log, dt_bias, g, beta, scale, n, T, ba_row, ba_token, HV, BT: tl.constexpr, BH: tl.constexpr):
     inside, token, head, b, a, rate = _gates(ba, a_log, dt_bias, n, T, ba_row, ba_token, HV, BT, BH)
     tl.store(g + token * HV + head, -rate * _softplus(a), mask=inside)
-    tl.store(beta + token * HV + head, 1.0 / (1.0 + tl.exp(-b)), mask=inside)
+    tl.store(beta + token * HV + head, scale / (1.0 + tl.exp(-b)), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n", "T"])
 def delta_inputs_forward(
-    qkv, ba, a_log, dt_bias, q, k, g, beta, n, T, qkv_row, qkv_token, ba_row, ba_token,
+    qkv, ba, a_log, dt_bias, q, k, g, beta, beta_scale, n, T, qkv_row, qkv_token, ba_row, ba_token,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +68,7 @@ def delta_inputs_forward(
     elif part == 1:
         _unit(qkv, k, part, n, T, qkv_row, qkv_token, 1.0, H, K, BR, BK)
     else:
-        _open(ba, a_log, dt_bias, g, beta, n, T, ba_row, ba_token, HV, BT, BH)
+        _open(ba, a_log, dt_bias, g, beta, beta_scale, n, T, ba_row, ba_token, HV, BT, BH)
 
 
 @triton.jit
@@ -87,12 +87,13 @@ def _unit_backward(
 
 @triton.jit
 def _open_backward(
-    ba, a_log, dt_bias, dg, dbeta, dba, dheads, n, T, ba_row, ba_token, HV, BT: tl.constexpr, BH: tl.constexpr
+    ba, a_log, dt_bias, dg, dbeta, dba, dheads, scale, n, T, ba_row, ba_token, HV, BT: tl.constexpr, BH: tl.constexpr
 ):
     inside, token, head, b, a, rate = _gates(ba, a_log, dt_bias, n, T, ba_row, ba_token, HV, BT, BH)
     change = tl.load(dg + token * HV + head, mask=inside, other=0.0).to(tl.float32)
-    beta = 1.0 / (1.0 + tl.exp(-b))
-    db = tl.load(dbeta + token * HV + head, mask=inside, other=0.0).to(tl.float32) * beta * (1.0 - beta)
+    share = 1.0 / (1.0 + tl.exp(-b))
+    db = tl.load(dbeta + token * HV + head, mask=inside, other=0.0).to(tl.float32)
+    db *= scale * share * (1.0 - share)
     change *= -rate
     da = change / (1.0 + tl.exp(-a))
     tl.store(dba + token * (2 * HV) + head, db, mask=inside)
@@ -116,7 +117,8 @@ def _copy(dv, dqkv, n, C, H, K, HV, V, BR: tl.constexpr, BV: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "T"])
 def delta_inputs_backward(
-    qkv, ba, a_log, dt_bias, dq, dk, dv, dg, dbeta, dqkv, dba, dheads, n, T, qkv_row, qkv_token, ba_row, ba_token,
+    qkv, ba, a_log, dt_bias, dq, dk, dv, dg, dbeta, dqkv, dba, dheads, beta_scale, n, T,
+    qkv_row, qkv_token, ba_row, ba_token,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SCALE: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
@@ -127,6 +129,6 @@ def delta_inputs_backward(
     elif part == 1:
         _unit_backward(qkv, dk, dqkv, part, n, T, qkv_row, qkv_token, 1.0, C, H, K, BR, BK)
     elif part == 2:
-        _open_backward(ba, a_log, dt_bias, dg, dbeta, dba, dheads, n, T, ba_row, ba_token, HV, BT, BH)
+        _open_backward(ba, a_log, dt_bias, dg, dbeta, dba, dheads, beta_scale, n, T, ba_row, ba_token, HV, BT, BH)
     else:
         _copy(dv, dqkv, n, C, H, K, HV, V, BR, BV)

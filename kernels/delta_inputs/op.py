@@ -28,6 +28,7 @@ def delta_inputs(
     *,
     num_key_heads: int,
     key_width: int,
+    beta_scale: float = 1.0,
 ) -> DeltaInputs:
     """Queries, keys, values, log decays and step sizes for `gated_delta_rule`. Definition: `reference.py`.
 
@@ -37,6 +38,7 @@ def delta_inputs(
         a_log: natural log of each head's rate of decay [nats per token].
         dt_bias: added to the decay before its softplus.
         num_key_heads, key_width: H and K.
+        beta_scale: the largest step size, 1 or 2.
 
     Returns:
         q, k, g and beta in fp32 (fp64 where qkv is), and v, a view into qkv that is not to be written to.
@@ -49,6 +51,8 @@ def delta_inputs(
         raise ValueError(
             f"delta_inputs: num_key_heads and key_width: expected >= 1, got {num_key_heads} and {key_width}"
         )
+    if beta_scale not in (1, 2):
+        raise ValueError(f"delta_inputs: beta_scale: expected 1 or 2, got {beta_scale!r}")
     if values <= 0 or not HV or values % HV:
         raise ValueError(
             f"delta_inputs: qkv: expected 2 * {num_key_heads} * {key_width} channels and a multiple of {HV} heads' for "
@@ -62,4 +66,4 @@ def delta_inputs(
         usable() and qkv.dtype in KINDS and key_width <= MOST if name == "triton" else NATIVE.usable(qkv)
     )
     name = choose(BACKENDS, tokens=qkv.shape[1], device=qkv.device, able=able)
-    return BACKENDS[name](qkv, ba, a_log, dt_bias, num_key_heads, key_width)
+    return BACKENDS[name](qkv, ba, a_log, dt_bias, num_key_heads, key_width, beta_scale)

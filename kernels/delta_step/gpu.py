@@ -25,6 +25,7 @@ def delta_step_triton(
     index: Tensor | None,
     starts: Tensor | None,
     eps: float,
+    beta_scale: float,
 ) -> Tensor:
     """Same as `op.delta_step_`; the pools are written over."""
     from seqzoo.kernels.delta_step.gpu_step import delta_steps
@@ -44,7 +45,7 @@ def delta_step_triton(
         (B * H,),
         *(qkv, ba, gate, filters, a_log, dt_bias, weight, conv_pool, pool, index, starts, read, y),
         *(T, pool.shape[0], conv_pool.stride(0), pool.stride(0)),
-        *(*qkv.stride()[:2], *ba.stride()[:2], *gate.stride()[:2], eps),
+        *(*qkv.stride()[:2], *ba.stride()[:2], *gate.stride()[:2], eps, beta_scale),
         **dict(H=H, HV=HV, K=K, V=V, W=W, BW=BW, BK=BK, BO=BO, **cut),
     )
     return y
@@ -64,13 +65,15 @@ def registered(
     index: Tensor | None,
     starts: Tensor | None,
     eps: float,
+    beta_scale: float,
 ) -> Tensor:
     """`delta_step_triton` as torch.compile knows it."""
-    return delta_step_triton(qkv, ba, gate, filters, a_log, dt_bias, weight, conv_pool, pool, index, starts, eps)
+    pools = conv_pool, pool, index, starts
+    return delta_step_triton(qkv, ba, gate, filters, a_log, dt_bias, weight, *pools, eps, beta_scale)
 
 
 @registered.register_fake
-def _(qkv, ba, gate, filters, a_log, dt_bias, weight, conv_pool, pool, index, starts, eps):
+def _(qkv, ba, gate, filters, a_log, dt_bias, weight, conv_pool, pool, index, starts, eps, beta_scale):
     return qkv.new_empty(gate.shape)
 
 
@@ -93,4 +96,4 @@ def examples(make: Callable) -> Iterator[tuple[str, Callable[[], object]]]:
         index = make((B,), torch.int64) if indexed else None
         starts = make((B, T), torch.bool) if packed else None
         run = lambda *x: lambda: delta_step_triton(*x)
-        yield f"step {K}x{V} {dtype}", run(*time, *constant, *pools, index, starts, 1e-6)
+        yield f"step {K}x{V} {dtype}", run(*time, *constant, *pools, index, starts, 1e-6, 2.0)

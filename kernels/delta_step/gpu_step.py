@@ -54,7 +54,7 @@ def document(starts, t, W: tl.constexpr):
 )
 def delta_steps(
     qkv, ba, gate, filters, a_log, dt_bias, weight, conv_pool, pool, index, starts, read, y,
-    T, slots, conv_slot, pool_slot, qkv_row, qkv_token, ba_row, ba_token, gate_row, gate_token, eps,
+    T, slots, conv_slot, pool_slot, qkv_row, qkv_token, ba_row, ba_token, gate_row, gate_token, eps, beta_scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     BW: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +92,8 @@ def delta_steps(
                 k *= 1.0 / tl.sqrt(tl.sum(k * k, axis=0) + 1e-6)
                 v = filtered(qkv, past, filters, t, first, values + n * V + vs, in_v, qkv_token, C, W, BW)
                 error = v - tl.sum(state * k[:, None], axis=0)
-                state += k[:, None] * (error * tl.sigmoid(tl.load(ba + t * ba_token + n).to(tl.float32)))[None, :]
+                beta = beta_scale * tl.sigmoid(tl.load(ba + t * ba_token + n).to(tl.float32))
+                state += k[:, None] * (error * beta)[None, :]
                 q = filtered(qkv, past, filters, t, first, qs, in_k, qkv_token, C, W, BW)
                 q *= 1.0 / tl.sqrt((tl.sum(q * q, axis=0) + 1e-6) * K)
                 tl.store(read + (t * HV + n) * V + vs, tl.sum(state * q[:, None], axis=0), mask=in_v)

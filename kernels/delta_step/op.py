@@ -27,6 +27,7 @@ def delta_step_(
     starts: Bool[Tensor, "B T"] | None = None,
     *,
     eps: float,
+    beta_scale: float = 1.0,
 ) -> Float[Tensor, "B T HV V"]:
     """1 to 16 tokens of Gated DeltaNet between its projections, states in pools. Definition: `reference.py`.
 
@@ -39,6 +40,7 @@ def delta_step_(
         filters: of the convolution, one per channel, the last tap is for the token itself.
         a_log, dt_bias: as in `delta_inputs`.
         weight, eps: as in `gated_rms_norm`.
+        beta_scale: the largest step size, 1 or 2.
         conv_pool: each slot the W-1 inputs before the first token, in any floating dtype; the next ones are written
             over them.
         pool: fp32, each slot the memories before the first token, which become the next ones. Slots of both pools may
@@ -58,15 +60,17 @@ def delta_step_(
             forced backend that cannot run this.
     """
     constant = dict(filters=filters, a_log=a_log, dt_bias=dt_bias, weight=weight)
+    if beta_scale not in (1, 2):
+        raise ValueError(f"delta_step_: beta_scale: expected 1 or 2, got {beta_scale!r}")
     _check(qkv, ba, gate, **constant, conv_pool=conv_pool, pool=pool, index=index, starts=starts)
     time, constant = (qkv, ba, gate), constant.values()
     if not step_on_gpu(PARTS, qkv, pool.shape[2]):
-        run = lambda past, state: delta_step_reference(*time, *constant, past, state, starts, eps)
+        run = lambda past, state: delta_step_reference(*time, *constant, past, state, starts, eps, beta_scale)
         with torch.autocast(qkv.device.type, enabled=False):
             return gathered(run, qkv.shape[0], conv_pool, index, pool)
     needs_gpu(qkv)
     run = gpu.registered if torch.compiler.is_compiling() else gpu.delta_step_triton
-    return run(*time, *constant, conv_pool, pool, index, starts, eps)
+    return run(*time, *constant, conv_pool, pool, index, starts, eps, beta_scale)
 
 
 def delta_step_is_one(qkv: Tensor, key_width: int) -> bool:
