@@ -12,6 +12,8 @@ from transformers import (
     MiniMaxForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OlmoHybridConfig,
+    OlmoHybridForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -88,6 +90,22 @@ SMALL = {
     ),
     "mistral": Small(
         MistralConfig, MistralForCausalLM, {"window": dict(sliding_window=7), "no window": dict(sliding_window=None)}
+    ),
+    "olmo_hybrid": Small(
+        OlmoHybridConfig,
+        OlmoHybridForCausalLM,
+        {
+            "as published": dict(
+                rope_parameters=dict(rope_type="default", rope_theta=None), linear_key_head_dim=3,
+                linear_value_head_dim=7,
+            ),
+            "turned, biases, tied, steps up to 1": dict(
+                rope_parameters=_YARN, attention_bias=True, tie_word_embeddings=True, linear_allow_neg_eigval=False,
+                layer_types=["full_attention", "linear_attention"] * 2, num_key_value_heads=1,
+                linear_conv_kernel_dim=3, linear_num_key_heads=2, linear_num_value_heads=2, rms_norm_eps=1e-4,
+            ),
+        },
+        dict(num_hidden_layers=4),
     ),
     "qwen2": Small(
         Qwen2Config,
