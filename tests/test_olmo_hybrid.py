@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, OlmoHybridForCausalLM
 
 from seqzoo.models.config import SeqZooConfig
 from seqzoo.models.convert import convert, olmo_hybrid
+from seqzoo.models.convert.folders import open_as_ours
 from seqzoo.models.convert.rules import describe, differences
 
 SHAPE = "as published"
@@ -80,6 +81,16 @@ def test_a_convolution_cut_otherwise_is_refused(tmp_path):
     rewrite(tmp_path / "theirs", change)
     with pytest.raises(ValueError, match=r"layers.1.linear_attn.q_conv1d.weight: expected shape \[18, 1, 4\], got"):
         convert(tmp_path / "theirs", tmp_path / "ours")
+
+
+def test_at_once_and_in_pieces_are_the_same(tmp_path):
+    small("olmo_hybrid", SHAPE).save_pretrained(tmp_path / "theirs")
+    opened = open_as_ours(tmp_path / "theirs", "olmo_hybrid")
+    steps = [step for step in opened.steps if step.comes_in_pieces and len(step.sources) > 1]
+    assert {len(step.sources) for step in steps} == {2, 3}
+    for step in steps:
+        (whole,) = step.run(opened.source.read).values()
+        assert torch.equal(torch.cat(list(step.pieces(opened.source.read))), whole)
 
 
 def ours_of(**other):
