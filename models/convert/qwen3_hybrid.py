@@ -6,7 +6,6 @@ q_proj is [query | gate] in each query head; ours lie part by part. On disk expe
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -27,7 +26,7 @@ from seqzoo.models.convert.plain import (
     specs_of,
     written_out,
 )
-from seqzoo.models.convert.rules import COPY, SQUEEZE, How, Row, deal, describe, differences, ends, period
+from seqzoo.models.convert.rules import COPY, SQUEEZE, Row, deal, describe, differences, ends, join, period
 
 KEPT = r"(model\.visual|mtp)\..*|.*\.rotary_emb\.inv_freq"  # theirs that ours has no room for
 _PARTS = {"linear_attention": "delta", "full_attention": "full"}
@@ -182,11 +181,11 @@ class Seeing(NamedTuple):
 
 def flat_rows(spec: Spec) -> Table:
     """Qwen3.5's projections of a Gated DeltaNet, part by part."""
-    joined = How("fused", lambda b, a: (torch.cat([b, a]),), lambda x: tuple(x.chunk(2)))
+    heads = [spec["num_value_heads"]] * 2
     return [
         ("linear_attn.in_proj_qkv.weight", "mixer.qkv_proj.weight", COPY),
         ("linear_attn.in_proj_z.weight", "mixer.gate_proj.weight", COPY),
-        (tuple(f"linear_attn.in_proj_{x}.weight" for x in "ba"), "mixer.ba_proj.weight", joined),
+        (tuple(f"linear_attn.in_proj_{x}.weight" for x in "ba"), "mixer.ba_proj.weight", join(heads)),
     ]
 
 
