@@ -29,6 +29,7 @@ from seqzoo.models.convert.plain import (
 from seqzoo.models.convert.rules import COPY, SQUEEZE, Row, deal, describe, differences, ends, join, period
 
 KEPT = r"(model\.visual|mtp)\..*|.*\.rotary_emb\.inv_freq"  # theirs that ours has no room for
+_PREFIXES = ("model.", "model.language_model.")
 _PARTS = {"linear_attention": "delta", "full_attention": "full"}
 _KINDS = {"gated_deltanet": "linear_attention", "attention": "full_attention"}
 
@@ -86,7 +87,9 @@ class Hybrid(NamedTuple):
         return theirs
 
     def rows(self, ours: SeqZooConfig, names: Collection[str], prefix: str = "model.") -> list[Row]:
-        """`names`: their tensors where they are known, which says how their experts are stored; else as published."""
+        """`names`: their tensors where they are known, which says what they begin with and how experts are stored; else
+        as published. A text part that transformers took out of a folder with vision may keep that one's names."""
+        prefix = next((x for x in _PREFIXES if f"{x}embed_tokens.weight" in names), prefix)
         table = ends(f"{prefix}embed_tokens.weight", ours, names)
         for i, (mixer, channel) in enumerate(self._specs(ours)):
             theirs = f"{prefix}layers.{i}."
@@ -171,7 +174,7 @@ class Seeing(NamedTuple):
 
     def rows(self, ours: SeqZooConfig, names: Collection[str]) -> list[Row]:
         """As `Hybrid.rows`."""
-        return self.text.rows(ours, names, prefix="model.language_model.")
+        return self.text.rows(ours, names, prefix=_PREFIXES[1])
 
     def added(self, ours: SeqZooConfig) -> dict[str, Tensor]:
         """Raises ValueError: a model that came from no such folder has no eyes."""
