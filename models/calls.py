@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from seqzoo.models.causal_lm import SeqZooForCausalLM
 
@@ -11,7 +11,11 @@ def mixer_calls(model: SeqZooForCausalLM, *args: Any, **inputs: Any) -> list[tup
     """For each level: what its mixer was called with, (x, span), and its output [B, T, D]. Arguments: the model's."""
     found: list[tuple[tuple, Tensor]] = []
     levels = model.stack.levels()
-    note = lambda module, given, gave: found.append((given[:2], gave[0]))
+
+    def note(module: nn.Module, given: tuple, gave: tuple) -> None:
+        if not given[1].both_ways:  # of tokens, not of the sinks' own stream
+            found.append((given[:2], gave[0]))
+
     hooks = [block.mixer.register_forward_hook(note) for block in dict.fromkeys(levels)]
     try:
         model(*args, **inputs, use_cache=False)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from seqzoo.models.pickle_file import PickleFile
-from seqzoo.models.tensor_file import CODES, DTYPES, Head, TensorFile
+from seqzoo.models.tensor_file import DTYPES, WRITTEN, Head, TensorFile
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLE_INDEX, PICKLE_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
@@ -196,7 +196,7 @@ def write_tensors(
     The wide dtypes come first, so that every tensor is aligned to its own size, in the order that safetensors' own
     writer has; otherwise the order is that of `heads`. `chunks(name)`: a tensor in pieces that lie one after the other.
     """
-    names = sorted(heads, key=lambda name: list(DTYPES).index(heads[name].dtype))
+    names = sorted(heads, key=lambda name: list(WRITTEN).index(heads[name].dtype))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in names:
@@ -216,7 +216,7 @@ def write_tensors(
 
 
 def _bytes(x: Tensor, head: Head) -> memoryview:
-    assert CODES[x.dtype] == head.dtype
+    assert x.dtype == WRITTEN[head.dtype]
     return x.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+WRITTEN = DTYPES | {"I8": torch.int8}  # what files of ours may hold, the widest first
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _OTHERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
            "BOOL": torch.bool}  # fmt: skip
@@ -33,7 +34,7 @@ class Head(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        return DTYPES[self.dtype].itemsize * math.prod(self.shape)
+        return (DTYPES | _OTHERS)[self.dtype].itemsize * math.prod(self.shape)
 
 
 class TensorFile:

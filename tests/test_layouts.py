@@ -16,6 +16,7 @@ from seqzoo.models.convert.approximate import RECORD, Fresh, to_layout, transfer
 from seqzoo.models.convert.calibration import changed_layers, importance, layer_errors, most_important
 from seqzoo.models.convert.cli import main
 from seqzoo.models.convert.layouts import layout, layouts
+from seqzoo.models.quantise import quantise
 
 SOURCES = [
     ("llama", "plain"),
@@ -214,6 +215,35 @@ def test_refused(what, how, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         convert(tmp_path / "llama", tmp_path / "ours", to=what, **how)
     assert not (tmp_path / "ours").exists()
+
+
+def test_rounded_on_the_way(folder, source, tmp_path):
+    """Int8 weights, streamed: the very tensors of the converted model quantised in memory; it opens and generates."""
+    how = dict(keep=[1], seed=3)
+    report = convert(folder, tmp_path / "ours", to="spikingbrain_7b", quantise=dict(group=8), verify=True, **how)
+    made = seqzoo.load(tmp_path / "ours")
+    expected = quantise(to_layout(source, layout("spikingbrain_7b"), **how), group=8).state_dict()
+    assert made.state_dict().keys() == expected.keys()
+    for key, x in made.state_dict().items():
+        assert torch.equal(x, expected[key]) and x.dtype == expected[key].dtype, key
+    assert any(x.dtype == torch.int8 for x in expected.values()) and "rounded" in str(report)
+    ids = torch.randint(2, VOCAB, (1, 9))
+    assert made.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 13)
+    assert sorted(key for fate in report.fates for key in fate.targets) == sorted(Folder(tmp_path / "ours").heads)
+
+
+def test_rounded_and_nothing_else(tmp_path):
+    """An exact conversion may be rounded too, and has no way back then."""
+    small("llama", "plain").save_pretrained(tmp_path / "llama")
+    words = [str(tmp_path / x) for x in ("llama", "ours")]
+    assert main([*words, "--quantise", "--group=16", "--skip=down_proj"]) == 0
+    expected = quantise(seqzoo.load(tmp_path / "llama"), group=16, skip=["down_proj"]).state_dict()
+    made = seqzoo.load(tmp_path / "ours").state_dict()
+    assert made.keys() == expected.keys() and all(torch.equal(made[key], x) for key, x in expected.items())
+    with pytest.raises(ValueError, match="Llama cannot express: quantisation"):
+        convert(tmp_path / "ours", tmp_path / "back", to="llama")
+    with pytest.raises(ValueError, match="quantise: expected a conversion into ours"):
+        convert(tmp_path / "llama", tmp_path / "no", quantise={}, verify=True)
 
 
 def test_from_headers_alone(tmp_path):

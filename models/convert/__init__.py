@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from seqzoo.models.convert.report import Report
 
 _HOUSE = {  # the files here that are no architecture
-    *("adopt", "approximate", "calibration", "cli", "folders", "layouts", "loading", "origin", "plain", "qwen3_hybrid"),
-    *("report", "rules", "verify", "writing"),
+    *("adopt", "approximate", "calibration", "cli", "folders", "int8", "layouts", "loading", "origin", "plain"),
+    *("qwen3_hybrid", "report", "rules", "verify", "writing"),
 }
 
 
@@ -63,6 +63,7 @@ def convert(
     keep: int | Collection[int] = (),
     scale: str = "each",
     seed: int = 0,
+    quantise: Mapping[str, Any] | None = None,
 ) -> "Report":
     """A checkpoint folder of another architecture into one of ours, or back; SRC's config says which. Or, where `to` is
     a layout, a Transformer of any architecture (ours too) into that layout, approximately.
@@ -85,6 +86,8 @@ def convert(
         keep: of a layout, layers whose mixers stay as they are, whatever its pattern says; a number n is every n-th.
         scale: of a layout with experts, what their copies of a gated MLP are multiplied by: each, down or none.
         seed: of a layout, what new tensors are drawn from.
+        quantise: round the projections' weights to int8 (W8ASpike): the options of `models/quantise.py`'s Quantisation,
+            {} for its defaults. Into ours alone, and with no way back.
 
     Returns:
         The report: every tensor's fate. `str()` of it is a table.
@@ -94,7 +97,13 @@ def convert(
             a DST that is not empty or in SRC, weights that are not finite, logits that differ, no space left, a file
             that cannot be read or written.
     """
-    from seqzoo.models.convert import approximate, folders, layouts, writing  # they need transformers, a list does not
+    from seqzoo.models.convert import (  # they need transformers, a list does not
+        approximate,
+        folders,
+        int8,
+        layouts,
+        writing,
+    )
     from seqzoo.models.convert import verify as verifying
 
     src, dst = Path(src), Path(dst)
@@ -110,6 +119,11 @@ def convert(
         else:
             chosen = layouts.layout(to)
             plan = approximate.plan(src, kind_of(src), chosen, keep=keep, scale=scale, seed=seed, **how)
+        if quantise is not None:
+            if exact and (kind_of(src) == "seqzoo" or verify):
+                what = "verify" if verify else "a folder of ours"
+                raise ValueError(f"quantise: expected a conversion into ours, or a layout, and got {what}")
+            plan = int8.rounded(plan, quantise, max_shard_size)
         if dry_run and verify:
             return plan.report._replace(verification=verifying.NOTHING_WRITTEN)
         if dry_run:

@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--calibrate", type=Path, metavar="TEXT", help="what importance is measured on")
     parser.add_argument("--scale", default="each", help="of experts that are copies: each, down or none [each]")
+    parser.add_argument("--quantise", action="store_true", help="round the projections' weights to int8 (W8ASpike)")
+    parser.add_argument("--group", type=int, default=128, help="of --quantise: channels that share a scale [128]")
+    parser.add_argument("--skip", action="append", metavar="REGEX", help="of --quantise: projections left as they are")
     parser.add_argument("--seed", type=int, default=0, help="of a layout's new tensors [0]")
     parser.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help="of one file [5]")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, from the headers alone")
@@ -50,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.src, args.dst, to=args.to, max_shard_size=int(args.max_shard_size * 1e9), dry_run=args.dry_run,
             verify=args.verify, pickle=args.pickle, allow_nonfinite=args.allow_nonfinite, keep=_keep(args),
             scale=args.scale, seed=args.seed,
+            quantise=dict(group=args.group, skip=args.skip or []) if args.quantise else None,
         )  # fmt: skip
         print(report)
         if args.report is not None:

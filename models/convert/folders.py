@@ -17,6 +17,7 @@ from seqzoo.models.convert import architecture, architectures
 from seqzoo.models.convert.origin import EXTRA, RECORD, Origin
 from seqzoo.models.convert.report import Fate, Report
 from seqzoo.models.convert.rules import COPY, Row, Step, describe, differences, expected_of
+from seqzoo.models.tensor_file import CODES
 
 NOTHING = "$^"
 CHUNK = 16 * 2**20  # [bytes] looked at and written at a time
@@ -153,7 +154,7 @@ def from_ours(src: Path, to: str | None, max_shard_size: int) -> Plan:
     steps = [Step(row, to_ours=False, heads=source.heads, recorded=recorded) for row in rows]
     made = {name: head for step in steps for name, head in step.heads.items()} | kept.heads
     added = theirs.added(config) if origin is None and hasattr(theirs, "added") else {}
-    fresh = {name: Head(tuple(x.shape), checkpoints.CODES[x.dtype], "") for name, x in added.items()}
+    fresh = {name: Head(tuple(x.shape), CODES[x.dtype], "") for name, x in added.items()}
     report = report_of(("seqzoo", kind), steps, source, kept.heads, fresh)
     made |= fresh
     rest = lambda name: added[name] if name in added else kept.read(name)

@@ -1,0 +1,100 @@
+"""A planned conversion into one of ours, its projections' weights rounded to int8 on the way (`models/quantise.py`)."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from seqzoo.layers.spike_linear import quantised
+from seqzoo.models import checkpoints
+from seqzoo.models.checkpoints import Head
+from seqzoo.models.config import SeqZooConfig
+from seqzoo.models.convert.folders import CHUNK, Plan, Reader, index_of, metadata_of, shapes_of
+from seqzoo.models.convert.origin import EXTRA, RECORD
+from seqzoo.models.convert.report import Fate
+from seqzoo.models.quantise import quantisation_spec
+
+_SCALES, _WEIGHT = ".scales", ".weight"
+
+
+class Rounded:
+    """Like `Reader`. `table`: tensor -> the float one that it and its partner are rounded from."""
+
+    def __init__(self, read: Reader, table: Mapping[str, str], group: int) -> None:
+        self._read, self._table, self._group = read, table, group
+        self._last, self._made = "", ()
+
+    def __call__(self, name: str) -> Tensor:
+        source = self._table.get(name)
+        if source is None:
+            return self._read(name)
+        if source != self._last:
+            self._made = ()  # before the next are made, or both would be held
+            self._last, self._made = source, quantised(self._read(source), self._group)
+        return self._made[name.endswith(_SCALES)]
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """The tensor's numbers from first to last, at most CHUNK bytes at a time."""
+        if name not in self._table:
+            yield from self._read.chunks(name)
+            return
+        x = self(name)
+        yield from x.contiguous().reshape(-1).split(CHUNK // x.element_size())
+
+
+def rounded(plan: Plan, options: Mapping[str, Any], max_shard_size: int) -> Plan:
+    """The plan with W8ASpike in the place of its projections.
+
+    What leads back to an origin is left out: rounding has no way back.
+
+    Args:
+        plan: of a model of ours in floats.
+        options: of `models/quantise.py`'s Quantisation; those left out are its defaults.
+        max_shard_size: [bytes] of one file.
+
+    Raises:
+        ValueError: options that are none, or a model that cannot be rounded so.
+    """
+    spec = quantisation_spec(dict(options))
+    floats = {name: head for name, head in plan.heads.items() if head.file != EXTRA}
+    config = _config(plan, spec)
+    shapes, table = shapes_of(config), {}
+    for name in shapes:
+        if name.endswith(_SCALES):
+            weight = name.removesuffix(_SCALES) + _WEIGHT
+            table[name] = table[weight] = weight if weight in floats else _stack(weight)
+    heads = {
+        name: Head(shape, "I8" if name in table and name.endswith(_WEIGHT) else floats[table.get(name, name)].dtype, "")
+        for name, shape in shapes.items()
+    }
+    placed, made = checkpoints.place(heads, max_shard_size), {}
+    for name, source in table.items():
+        made.setdefault(source, {})[name] = placed[name]
+    fates = [_fate(fate, made) for fate in plan.report.fates if fate.what != "kept"]
+    fates += [Fate("dropped", fate.sources, {}) for fate in plan.report.fates if fate.what == "kept"]
+    texts = {name: text for name, text in plan.texts.items() if name != RECORD}
+    return plan._replace(
+        heads=placed, read=Rounded(plan.read, table, spec["group"]), metadata=metadata_of(placed),
+        index=index_of(placed, placed), texts=texts | {"config.json": config.to_json_string()},
+        report=plan.report._replace(target=f"{plan.report.target}, int8", fates=fates),
+    )  # fmt: skip
+
+
+def _config(plan: Plan, spec: dict[str, Any]) -> SeqZooConfig:
+    fields = json.loads(plan.texts["config.json"])
+    return SeqZooConfig(**{name: x for name, x in fields.items() if name != "model_type"} | dict(quantisation=spec))
+
+
+def _stack(weight: str) -> str:
+    """The float matrices that a mixture holds itself, by the name of the int8 ones."""
+    return weight.removesuffix(_WEIGHT).replace(".experts.", ".")
+
+
+def _fate(fate: Fate, made: Mapping[str, dict[str, Head]]) -> Fate:
+    if not any(name in made for name in fate.targets):
+        return fate
+    targets: dict[str, Head] = {}
+    for name, head in fate.targets.items():
+        targets |= made.get(name, {name: head})
+    return fate._replace(what=f"{fate.what}, rounded", targets=targets)
