@@ -1,6 +1,7 @@
 """What a conversion lost is learned again: objectives, stages, and what is kept of a teacher."""
 
 import json
+import logging
 import shutil
 from unittest.mock import patch
 
@@ -11,9 +12,12 @@ from runs import TRAINER, TRANSFORMER, one_thread, options, run
 from torch.testing import assert_close
 
 import seqzoo
+from seqzoo.models import SeqZooConfig, SeqZooForCausalLM
+from seqzoo.models.calls import mixer_calls
 from seqzoo.models.convert import convert
+from seqzoo.models.extend import extended
 from seqzoo.train import train_in_stages
-from seqzoo.training.objectives import Align, Distil
+from seqzoo.training.objectives import Align, Distil, NextToken
 from seqzoo.training.stopping import StopRequest
 
 DEEPER = [x if "num_hidden" not in x else "model.num_hidden_layers=2" for x in TRANSFORMER]
@@ -79,6 +83,38 @@ def test_alignment(folders):
         Align(seqzoo.load(folders["teacher"]), teacher=folders["teacher"], precision="fp32")
 
 
+@pytest.mark.parametrize("what", ["align", "distil", "next_token"])
+def test_every_objective_is_learned(folders, what):
+    """On one batch, by all parameters that it says learn; the teacher may be of bf16."""
+    student, (inputs, targets) = seqzoo.load(folders["student"]), batch()
+    how = dict(teacher=folders["teacher"], precision="bf16")
+    objective = {
+        "align": lambda: Align(student, **how),
+        "distil": lambda: Distil(student, temperature=2.0, weight=0.5, top=5, cache=None, **how),
+        "next_token": NextToken,
+    }[what]()
+    learning = [p for name, p in student.named_parameters() if objective.learns(name)]
+    optimizer, losses = torch.optim.Adam(learning, lr=0.01), []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = objective(student, inputs, targets, None).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(p.grad is not None and p.grad.any() for p in learning)
+
+
+def test_a_teacher_with_sinks():
+    """Each mixer is seen once, with its tokens, though the sinks go through it too."""
+    full = dict(kind="attention", num_heads=1, num_kv_heads=1, head_width=8)
+    mlp = dict(kind="swiglu", width=8)
+    sizes = dict(vocab_size=264, hidden_size=8, num_hidden_layers=2, pattern=["full/mlp"], num_sink_tokens=3)
+    model = SeqZooForCausalLM(SeqZooConfig(mixers=dict(full=full), channels=dict(mlp=mlp), **sizes))
+    calls = mixer_calls(model, torch.zeros(2, 5, dtype=torch.int64))
+    assert [gave.shape for _, gave in calls] == [(2, 5, 8)] * 2
+
+
 def test_distillation(folders):
     """At weight 0 it is the next token, of a copy of the teacher it is nothing; else the divergence, by its formula."""
     student, inputs = seqzoo.load(folders["student"]), batch()[0]
@@ -95,7 +131,7 @@ def test_distillation(folders):
 
 
 @pytest.mark.parametrize("top", [None, 7])
-def test_kept_predictions_are_the_teachers(folders, top, tmp_path):
+def test_kept_predictions_are_the_teachers(folders, top, tmp_path, caplog):
     """Bit for bit, without asking the teacher again; a damaged file is made again."""
     student = seqzoo.load(folders["student"])
     how = dict(teacher=folders["teacher"], temperature=1.5, weight=0.7, top=top, precision="fp32")
@@ -109,20 +145,26 @@ def test_kept_predictions_are_the_teachers(folders, top, tmp_path):
         content = bytearray(file.read_bytes())
         content[-5] ^= 1
         file.write_bytes(content)
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError), caplog.at_level(logging.WARNING):
             keeping(student, inputs, targets, None)
+    assert f"{file} is damaged: the teacher is asked again" in caplog.text
     assert torch.equal(keeping(student, inputs, targets, None).loss, live)
     other = {**inputs, "input_ids": inputs["input_ids"] + 1}
     keeping(student, other, targets, None)
     assert len(list((tmp_path / "kept").iterdir())) == 2
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # says something else
+        keeping(student, inputs, targets, None)
+    assert len(list((tmp_path / "kept").iterdir())) == 3
     file.write_bytes(b"short")
     assert torch.equal(keeping(student, inputs, targets, None).loss, live)
 
 
 def test_stages_one_after_the_other(folders, tmp_path):
-    """Each begins with what the last one ended with; the last extends the context, and its config says so."""
-    longer = "{rope_theta: 50000.0, max_position_embeddings: 99999}"
-    more = [f"+stages.next_token.extend={longer}", "+stages.next_token.trainer.sequence_length=48"]
+    """Each begins with what the last one ended with; two extend the context, and the last one's config says so."""
+    short = tmp_path / "short"
+    extended(seqzoo.load(folders["student"]), max_position_embeddings=30).save_pretrained(short)
+    longer = ["+stages.distil.extend.max_position_embeddings=99999", "+stages.next_token.extend.rope_theta=50000.0"]
+    more = [f"init_from={short}", *longer, "+stages.next_token.trainer.sequence_length=48"]
     record = recover(tmp_path / "run", folders, *more)
     assert record["checkpoint"].endswith("2_next_token/checkpoints/step-00000003")
     stages = [tmp_path / "run" / name for name in ("0_align", "1_distil", "2_next_token")]
@@ -161,6 +203,12 @@ def test_what_is_cut_off_goes_on_bit_for_bit(folders, lost, tmp_path):
         (["stages.align.objective.precision=fp8"], "objective.precision: expected one of"),
         (["init_from=nowhere"], "nowhere: neither a folder nor a model on the hub"),
         (["+stages.align.extend.rope_theta=-1.0"], "rope_theta: expected a number above 0, got -1.0"),
+        # of stages that wait for others
+        (["+stages.next_token.width=3"], r"stages.next_token: expected keys of .* got \['width'\]"),
+        (["stages.distil.objective.temperature=0"], "objective.temperature: expected a number above 0, got 0"),
+        (["+stages.next_token.extend.rope_theta=-1.0"], "rope_theta: expected a number above 0, got -1.0"),
+        (["+stages.next_token.trainer.batch_size=0"], "trainer.batch_size: expected at least 1, got 0"),
+        (["stages.distil.objective._target_=seqzoo.training.objectives.x"], "_target_: expected what can be imported"),
     ],
     ids=str,
 )
@@ -168,6 +216,15 @@ def test_refused_before_the_first_step(folders, more, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         recover(tmp_path / "run", folders, *more)
     assert not list((tmp_path / "run").rglob("metrics.jsonl"))
+
+
+def test_a_base_for_a_model_that_does_not_turn(folders):
+    config = seqzoo.load(folders["student"]).config.to_dict()
+    fields = {name: config[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "channels")}
+    mixers = dict(linear=config["mixers"]["linear"])
+    model = SeqZooForCausalLM(SeqZooConfig(**fields, mixers=mixers, pattern=["linear/mlp"]))
+    with pytest.raises(ValueError, match=r"rope_theta: expected a model that turns by positions, got \['linear'\]"):
+        extended(model, rope_theta=50000.0)
 
 
 @pytest.mark.parametrize(

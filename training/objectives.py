@@ -11,6 +11,7 @@ et al. 2015, arXiv 1503.02531.
 """
 
 import hashlib
+import logging
 import os
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -27,6 +28,7 @@ from seqzoo.models.convert.calibration import changed_layers
 from seqzoo.models.convert.loading import load
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+log = logging.getLogger(__name__)
 
 
 class Result(NamedTuple):
@@ -67,7 +69,7 @@ class Distil:
         weight: of the divergence, 0 to 1.
         top: the teacher's likeliest tokens that are looked at, their probabilities made to sum to 1; None is all.
         cache: folder of the teacher's predictions, one file for each batch that was asked for once; None keeps none. A
-            damaged file is made again.
+            damaged file is made again, and the log says so.
         precision: of the teacher's weights, fp32 or bf16.
 
     Raises:
@@ -90,7 +92,7 @@ class Distil:
         self.teacher = load_teacher(teacher, model, precision)
         self.temperature, self.weight, self.top = temperature, weight, top
         self.cache = None if cache is None else Path(cache)
-        self.key = _identity(self.teacher, top).encode() if self.cache else b""
+        self._key: bytes | None = None  # all weights are read for it: not before it is wanted
 
     def learns(self, name: str) -> bool:
         return True
@@ -124,7 +126,11 @@ class Distil:
         return kept["tokens"].to(device) if "tokens" in kept else None, kept["logits"].to(device)
 
     def _name(self, inputs: dict) -> str:
-        digest = hashlib.sha256(self.key)
+        if self._key is None:
+            self._key = _identity(self.teacher, self.top).encode()
+        digest = hashlib.sha256(self._key)
+        if torch.is_autocast_enabled(inputs["input_ids"].device.type):  # which rounds what the teacher says
+            digest.update(b"autocast")
         for name in ("input_ids", "position_ids"):
             digest.update(f"{list(inputs[name].shape)}".encode() + inputs[name].cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -164,7 +170,10 @@ class Align:
         levels, errors = model.stack.levels(), []
         for i in self.layers:
             (x, span), wanted = calls[i]
-            got = levels[i].mixer(x, span)[0].float()
+            mixer = levels[i].mixer
+            dtype = next(mixer.parameters()).dtype  # the teacher's may be another
+            sinks = None if span.sinks is None else span.sinks.to(dtype)
+            got = mixer(x.to(dtype), span._replace(sinks=sinks))[0].float()
             errors.append((got - wanted.float()).square().sum() / wanted.float().square().sum())
         there = (inputs["shift_labels"] != IGNORED).sum()
         loss = torch.stack(errors).mean() * there / targets  # of a step of several micro-batches, each its share
@@ -208,7 +217,7 @@ def _identity(teacher: SeqZooForCausalLM, top: int | None) -> str:
     """Of what predicts: the weights, and what is kept of a prediction."""
     digest = hashlib.sha256(teacher.config.to_json_string().encode())
     for name, x in teacher.state_dict().items():
-        digest.update(name.encode() + x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + x.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return f"{digest.hexdigest()} {top}"
 
 
@@ -216,10 +225,14 @@ def _read(path: Path) -> dict[str, Tensor] | None:
     """None where there is no such file, or a damaged one."""
     try:
         kept = load_file(path)
-        check = kept.pop("check")
-        return kept if check.tolist() == _sum(kept) else None
-    except (FileNotFoundError, SafetensorError, KeyError):
+        if kept.pop("check").tolist() == _sum(kept):
+            return kept
+    except FileNotFoundError:
         return None
+    except (SafetensorError, KeyError):
+        pass
+    log.warning("%s is damaged: the teacher is asked again", path)
+    return None
 
 
 def _write(path: Path, kept: dict[str, Tensor]) -> None:
