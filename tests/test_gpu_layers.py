@@ -18,6 +18,9 @@ B, T, D = 2, 12, 16
 DELTA = {"short_conv", "delta_inputs", "gated_delta_rule", "rms_norm"}
 KERNELS = {  # row -> the ops whose kernels a training step of it starts
     "gated_deltanet": DELTA,
+    "gated_deltanet-negative": DELTA,
+    "lightning_attention": {"linear_attention", "rms_norm"},
+    "lightning_attention": {"linear_attention", "rms_norm"},
     "linear_attention": {"linear_attention", "rms_norm"},
     "linear_attention-key": {"linear_attention", "rms_norm"},
     "linear_attention-normalised": {"linear_attention"},
@@ -86,7 +89,7 @@ def test_every_kind_has_a_row():
     """What starts no kernel of its own is attention, which PyTorch's own kernels run, or holds other parts."""
     kinds = {spec.get("kind", name) for table in (MIXERS, BLOCKS) for name, spec in table.items()}
     here = {{**MIXERS, **BLOCKS}[name].get("kind", name) for name in KERNELS}
-    assert kinds - here == {"attention", "momentum_attention", "residual"}
+    assert kinds - here == {"attention", "momentum_attention", "residual", "normed_residual", "post_norm"}
 
 
 def test_float32_is_exact_unless_allowed(as_on_a_gpu):
