@@ -20,7 +20,6 @@ KERNELS = {  # row -> the ops whose kernels a training step of it starts
     "gated_deltanet": DELTA,
     "gated_deltanet-negative": DELTA,
     "lightning_attention": {"linear_attention", "rms_norm"},
-    "lightning_attention": {"linear_attention", "rms_norm"},
     "linear_attention": {"linear_attention", "rms_norm"},
     "linear_attention-key": {"linear_attention", "rms_norm"},
     "linear_attention-normalised": {"linear_attention"},
