@@ -309,8 +309,8 @@ def test_rows_are_taken_as_they_stand():
 @NEEDS_COMPILER
 def test_values_are_a_view():
     """v is not copied on its way to the rule, which takes strides."""
-    _, tensors, (H, K) = inputs(2, 9, 2, 4, 5, 3)
-    v = inputs_of(*tensors, H, K).v
+    _, tensors, (H, K, scale) = inputs(2, 9, 2, 4, 5, 3)
+    v = inputs_of(*tensors, H, K, scale).v
     assert v.data_ptr() == tensors[0][..., 2 * H * K :].data_ptr()
 
 
@@ -322,7 +322,7 @@ def test_extreme_gates():
     y, _ = SHORT_CONV["cpp"](x, torch.ones(9, 1), None, None)
     assert_close(y.double(), truth, atol=1e-30, rtol=1e-5)
     ba = torch.cat([x, x], dim=-1)
-    *_, g, beta = DELTA_INPUTS["cpp"](torch.randn(2, 3, 11), ba, torch.zeros(9), torch.zeros(9), 1, 1)
+    *_, g, beta = DELTA_INPUTS["cpp"](torch.randn(2, 3, 11), ba, torch.zeros(9), torch.zeros(9), 1, 1, 1.0)
     assert_close(g.double(), -torch.nn.functional.softplus(x.double()), atol=1e-30, rtol=1e-6)
     assert_close(beta.double(), x.double().sigmoid(), atol=1e-30, rtol=1e-5)
 
