@@ -1,0 +1,1 @@
+from seqzoo.kernels.kimi_delta_rule.op import kimi_delta_rule
