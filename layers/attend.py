@@ -177,7 +177,7 @@ class SoftmaxHeads(nn.Module):
                 past = past._replace(k=torch.cat([ahead[0], past.k], 2), v=torch.cat([ahead[1], past.v], 2))
         if past is None:
             borders, sinks = span.borders, k.shape[2] - q.shape[2]
-            document = None if borders is None else _behind(sinks, borders.cumsum(1))
+            document = None if borders is None else behind(sinks, borders.cumsum(1))
             o, kept = causal_attention(q, k, v, window=self.window, key_document=document, sinks=sinks), None
         elif isinstance(past, AttentionState):
             o, kept = _keep_all(q, k, v, span, past)
@@ -202,21 +202,34 @@ def _sinks_of(past: Kept) -> int:
     return past.k.shape[2] - past.visible.shape[1]
 
 
-def _behind(sinks: int, document: Tensor | None) -> Tensor | None:
+def behind(sinks: int, document: Tensor | None) -> Tensor | None:
     """Documents of keys [B, S] as those of sinks and keys [B, N + S]."""
     return F.pad(document, (sinks, 0)) if sinks and document is not None else document
 
 
+def keys_seen(visible: Tensor, new: Tensor, span: Span) -> tuple[Tensor | None, Tensor]:
+    """What T new tokens see of the S keys kept in order and of their own.
+
+    Args:
+        visible: [B, S] bool, of the kept keys.
+        new: [B, T] True, the tokens that have come.
+
+    Returns:
+        key_document int64 [B, S + T] for `causal_attention` (None: all there are), and [B, S + T] bool: what the next
+        call may see.
+    """
+    if span.borders is None and span.valid is None:
+        key = None if _all_on_cpu(visible) else _documents(visible, new.shape[1], None)[1]
+        return key, append(visible, new, dim=1)
+    query, key = _documents(visible, new.shape[1], span.borders)
+    return key, _visible(query, key, span.valid)
+
+
 def _keep_all(q: Tensor, k: Tensor, v: Tensor, span: Span, past: AttentionState) -> tuple[Tensor, AttentionState]:
-    borders, sinks = span.borders, _sinks_of(past)
+    sinks = _sinks_of(past)
     kept_k, kept_v = append(past.k, k, dim=2), append(past.v, v, dim=2)
-    if borders is None and span.valid is None:
-        key = None if _all_on_cpu(past.visible) else _documents(past.visible, q.shape[2], None)[1]
-        visible = append(past.visible, past.visible.new_ones(k.shape[0], k.shape[2]), dim=1)
-    else:
-        query, key = _documents(past.visible, q.shape[2], borders)
-        visible = _visible(query, key, span.valid)
-    o = causal_attention(q, kept_k, kept_v, key_document=_behind(sinks, key), sinks=sinks)
+    key, visible = keys_seen(past.visible, past.visible.new_ones(k.shape[0], k.shape[2]), span)
+    o = causal_attention(q, kept_k, kept_v, key_document=behind(sinks, key), sinks=sinks)
     return o, AttentionState(kept_k, kept_v, visible)
 
 
@@ -229,7 +242,7 @@ def _keep_window(q: Tensor, k: Tensor, v: Tensor, span: Span, past: WindowState)
         kept_k, kept_v = (old.scatter(2, here, new.to(old.dtype)) for old, new in ((past.k, k), (past.v, v)))
         visible = past.visible.scatter(1, at, True)
         now = visible.new_zeros(visible.shape[0], 1, dtype=torch.int64)
-        key = _behind(sinks, visible.long() - 1)
+        key = behind(sinks, visible.long() - 1)
         o = causal_attention(q, kept_k, kept_v, query_document=now, key_document=key, sinks=sinks)
         return o, WindowState(kept_k, kept_v, visible, (past.slot + 1) % W, past.seen + 1)
     order = (past.slot[:, None] + torch.arange(W, device=q.device)) % W  # [B, W] oldest first
@@ -240,7 +253,7 @@ def _keep_window(q: Tensor, k: Tensor, v: Tensor, span: Span, past: WindowState)
     order = order[:, None, :, None].expand(-1, G, -1, k.shape[-1])
     all_k, all_v = torch.cat([past.k.gather(2, order), k], 2), torch.cat([past.v.gather(2, order), v], 2)
     query, key = _documents(seen, T, borders)
-    key_document = _behind(sinks, key)
+    key_document = behind(sinks, key)
     o = causal_attention(q, all_k, all_v, query_document=query, key_document=key_document, window=W, sinks=sinks)
     visible = _visible(query, key, span.valid)[:, T:]
     kept_k, kept_v = (torch.cat([x[:, :, :sinks], x[:, :, sinks + T :]], 2) for x in (all_k, all_v))

@@ -192,7 +192,7 @@ def test_sigmoid_scores_do_not_compete():
     part, x = channel("moe-sigmoid"), tokens().flatten(0, 1)
     chosen, weight, probability = part._route(x)
     score = part.router(x).sigmoid()
-    assert_close(weight, score.gather(-1, chosen))
+    assert_close(weight, 2.5 * score.gather(-1, chosen))  # its routed_scale
     assert_close(probability, torch.nn.functional.normalize(score, p=1, dim=-1))
     assert torch.equal(chosen.sort().values, part.router(x).topk(2).indices.sort().values)
 
@@ -222,7 +222,7 @@ def test_bias_is_in_the_checkpoint_only_where_it_moves():
 @pytest.mark.parametrize(
     "wrong",
     [dict(num_experts_per_token=7), dict(num_experts_per_token=0), dict(shared_width=-1), dict(bias_update_rate=-0.1),
-     dict(router_score="tanh"), dict(expert_width=0), dict(expert_width=1.5)],
+     dict(router_score="tanh"), dict(routed_scale=0.0), dict(expert_width=0), dict(expert_width=1.5)],
     ids=str,
 )  # fmt: skip
 def test_errors_name_the_argument(wrong):

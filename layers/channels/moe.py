@@ -2,7 +2,7 @@
 
     p = softmax(W_r x), or sigmoid(W_r x)                the router, over all E experts, in fp32
     C = the k largest of p                               (of p + b with bias balancing)
-    y = sum_{e in C} w_e expert_e(x) + sigmoid(w_s x) shared(x),   w_e = p_e / sum_{C} p where renormalised
+    y = sum_{e in C} w_e expert_e(x) + sigmoid(w_s x) shared(x),   w_e = c p_e, or c p_e / sum_{C} p if renormalised
 
 No capacity: no token is dropped, and what a token gets does not depend on its neighbours.
 Balance, by a loss: E sum_e f_e P_e with f_e the share of tokens that chose e and P_e the mean of p_e (Fedus et al.
@@ -34,6 +34,7 @@ class MoE(nn.Module):
         shared_gate: scale the shared expert's output by a sigmoid of x.
         renormalise: make a token's k weights sum to 1.
         router_score: softmax, or sigmoid: one expert's score takes nothing from another's.
+        routed_scale: c, of the routed experts' weights, the shared one aside.
         balance_coefficient: of the balance loss.
         bias_update_rate: step of the balancing bias per optimizer step; 0 is no bias.
 
@@ -54,6 +55,7 @@ class MoE(nn.Module):
         shared_gate: bool = True,
         renormalise: bool = True,
         router_score: str = "softmax",
+        routed_scale: float = 1.0,
         balance_coefficient: float = 0.001,
         bias_update_rate: float = 0.0,
     ) -> None:
@@ -71,7 +73,10 @@ class MoE(nn.Module):
                 raise ValueError(f"{name}: expected at least 0, got {value}")
         if router_score not in ("softmax", "sigmoid"):
             raise ValueError(f"router_score: expected softmax or sigmoid, got {router_score!r}")
+        if not 0 < routed_scale < float("inf"):
+            raise ValueError(f"routed_scale: expected a number above 0, and finite, got {routed_scale!r}")
         self.k, self.renormalise, self.router_score = num_experts_per_token, renormalise, router_score
+        self.routed_scale = routed_scale
         self.balance_coefficient, self.bias_update_rate = balance_coefficient, bias_update_rate
         self.router = Linear(hidden_size, num_experts, bias=False)
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_width, hidden_size))
@@ -118,6 +123,8 @@ class MoE(nn.Module):
             weight = score.gather(-1, chosen)
         if self.renormalise:
             weight = weight / weight.sum(dim=-1, keepdim=True).clamp(min=LEAST)
+        if self.routed_scale != 1:
+            weight = weight * self.routed_scale
         probability = score
         if self.router_score == "sigmoid":
             probability = score / score.sum(dim=-1, keepdim=True).clamp(min=LEAST)
