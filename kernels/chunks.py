@@ -1,7 +1,7 @@
 """What the chunked forms of recurrences share: time cut into chunks, and decays between two tokens of one.
 
-With decays g per token and D_ij = exp(g_{j+1} + .. + g_i) for j <= i, no sum of g is ever a difference of two others: so
-nothing is lost of small ones, and g = -inf, which is what a document's start is made of, forgets all. To that end D is
+With decays g per token and D_ij = exp(g_{j+1} + .. + g_i) for j <= i, no sum of g is ever a difference of two others:
+so nothing is lost of small ones, and g = -inf, which is what a document's start is made of, forgets all. For this D is
 put together from halves: where i is in the second half of a block and j in its first, the sum is one over i's half up
 to i, plus one over j's half after j; a block of one token needs none. With a decay per channel the two factors go to
 the two sides of the product, so that it is products of matrices, no exponent is positive, and no tensor is [C, C, K].

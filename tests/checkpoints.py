@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import small_qwen3_next  # noqa: F401 - before transformers' models: it hides GPU kernels from them
 import torch
 from transformers import (
+    KimiLinearConfig,
+    KimiLinearForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MiniMaxConfig,
@@ -52,6 +54,23 @@ _WINDOWS = dict(use_sliding_window=True, sliding_window=7)
 _YARN = dict(rope_type="yarn", rope_theta=1e3, factor=4.0, original_max_position_embeddings=24)
 
 SMALL = {
+    "kimi_linear": Small(
+        KimiLinearConfig,
+        KimiLinearForCausalLM,
+        {
+            "as published": {},
+            "queries of few channels, biases": dict(
+                q_lora_rank=8, attention_bias=True, num_hidden_layers=3, n_shared_experts=2,
+                layer_types=["full_attention", "linear_attention", "full_attention"], moe_renormalize=False,
+                mlp_layer_types=["sparse", "dense", "sparse"], linear_conv_kernel_dim=3, rms_norm_eps=1e-6,
+            ),
+        },
+        dict(
+            num_hidden_layers=5, num_key_value_heads=4, num_local_experts=6, num_experts_per_tok=2,
+            moe_intermediate_size=10, linear_head_dim=6, linear_num_heads=3, kv_lora_rank=9, qk_rope_head_dim=4,
+            qk_nope_head_dim=5, v_head_dim=7,
+        ),
+    ),
     "llama": Small(
         LlamaConfig,
         LlamaForCausalLM,
@@ -163,6 +182,6 @@ def small(kind: str, shape: str, dtype: torch.dtype = torch.float32, **other: An
     model = row.model(config).to(dtype)
     model.set_experts_implementation("eager")  # its grouped product wants widths that are multiples of four
     torch.manual_seed(1)
-    for p in model.parameters():
+    for p in [*model.parameters(), *(b for name, b in model.named_buffers() if name.endswith("correction_bias"))]:
         torch.nn.init.normal_(p, std=0.25)
     return model.eval()

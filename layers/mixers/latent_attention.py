@@ -67,7 +67,7 @@ class LatentAttention(nn.Module):
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"latent_attention: {name}: expected a whole number, at least 1, got {size!r}")
         if not isinstance(shared_width, int) or shared_width < 0:
-            raise ValueError(f"latent_attention: shared_width: expected a whole number, 0 or more, got {shared_width!r}")
+            raise ValueError(f"latent_attention: shared_width: expected a number of channels, got {shared_width!r}")
         if rope_theta is not None and (shared_width % 2 or not 0 < rope_theta < float("inf")):
             raise ValueError(
                 f"latent_attention: rope_theta: expected null for shared_width={shared_width}, or an even width and a "
@@ -176,5 +176,5 @@ class LatentAttention(nn.Module):
         """
         if type(self.kv_proj) is not Linear:
             return False
-        keys = (S - T) * self.R * (self.N + self.V)
-        return T * S * (2 * self.R - self.N - self.V) < keys
+        longer = T * S * (2 * self.R - self.N - self.V)  # products with latents, which are wider than keys
+        return longer < (S - T) * self.R * (self.N + self.V)

@@ -11,6 +11,7 @@ and, where some of those follow from the config,
 import pkgutil
 from collections.abc import Collection, Mapping
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -32,10 +33,15 @@ def architectures() -> list[str]:
 
 
 def architecture(name: Any) -> ModuleType:
-    """The module of one. Raises ValueError: no such one."""
+    """The module of one. Raises ValueError: no such one, or one that the transformers that is installed lacks."""
     if name not in architectures():
         raise ValueError(f"architecture: expected one of {architectures()}, got {name!r}")
-    return import_module(f"{__name__}.{name}")
+    try:
+        return import_module(f"{__name__}.{name}")
+    except ImportError as error:
+        raise ValueError(
+            f"architecture {name}: expected a transformers that has it, got {version('transformers')}: {error}"
+        ) from None
 
 
 def kind_of(folder: Path) -> str:
