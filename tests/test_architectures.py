@@ -9,6 +9,7 @@ from test_convert import assert_relative, assert_same_folder, padded
 from transformers import AutoModelForCausalLM
 
 from seqzoo.models.causal_lm import SeqZooForCausalLM
+from seqzoo.models.config import SeqZooConfig
 from seqzoo.models.convert import architecture, convert
 from seqzoo.models.convert.rules import describe, differences
 
@@ -63,8 +64,10 @@ def test_the_way_back_is_identical(pair, tmp_path):
 
 
 def test_what_was_made_here_becomes_theirs(pair, tmp_path):
-    """A model of ours that came from nowhere, in the same shape."""
-    ours = SeqZooForCausalLM(pair.ours.config).eval()
+    """A model of ours that came from nowhere, in the same shape, and names no tokens."""
+    facts = pair.ours.config.to_dict().items()
+    config = SeqZooConfig.from_dict({name: x for name, x in facts if not name.endswith("_token_id")})
+    ours = SeqZooForCausalLM(config).eval()
     for p in ours.parameters():
         torch.nn.init.normal_(p, std=0.25)
     ours.save_pretrained(tmp_path / "ours")

@@ -14,7 +14,7 @@ from transformers import KimiLinearConfig
 
 from seqzoo.layers.registry import Spec
 from seqzoo.models.config import SeqZooConfig
-from seqzoo.models.convert.plain import PASSED, Table, block_rows, mlp_rows, specs_of
+from seqzoo.models.convert.plain import PASSED, Table, block_rows, mlp_rows, passed_fields, specs_of
 from seqzoo.models.convert.rules import COPY, How, Row, describe, differences, ends, join, period, pile
 
 KEPT = r".*\.rotary_emb\.inv_freq"  # theirs that ours has no room for
@@ -72,7 +72,7 @@ def to_theirs(ours: SeqZooConfig) -> dict[str, Any]:
         ValueError: what Kimi Linear cannot express, by name.
     """
     layers = _layers(ours)
-    fields = {name: getattr(ours, name) for name in PASSED if name != "dtype" or ours.dtype is not None}
+    fields = passed_fields(ours)
     fields |= dict(
         rms_norm_eps=ours.norm_eps, layer_types=[_KINDS[mixer["kind"]] for mixer, _ in layers],
         mlp_layer_types=["sparse" if channel["kind"] == "moe" else "dense" for _, channel in layers],

@@ -14,7 +14,15 @@ from transformers import MiniMaxConfig
 
 from seqzoo.layers.registry import Spec
 from seqzoo.models.config import SeqZooConfig
-from seqzoo.models.convert.plain import PASSED, Table, attention_fields, attention_rows, block_rows, rope_spec
+from seqzoo.models.convert.plain import (
+    PASSED,
+    Table,
+    attention_fields,
+    attention_rows,
+    block_rows,
+    passed_fields,
+    rope_spec,
+)
 from seqzoo.models.convert.rules import COPY, Row, deal, describe, differences, ends, period, pile
 
 TABLES = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
@@ -62,7 +70,7 @@ def to_theirs(ours: SeqZooConfig) -> dict[str, Any]:
     """
     blocks = _blocks(ours)
     kinds = {"attention": "full_attention", "lightning_attention": "linear_attention"}
-    fields = {name: getattr(ours, name) for name in PASSED if name != "dtype" or ours.dtype is not None}
+    fields = passed_fields(ours)
     fields |= dict(rms_norm_eps=ours.norm_eps, layer_types=[kinds[b["mixer"]["kind"]] for b in blocks])
     for block in reversed(blocks):  # the first of each kind decides; whether all fit it, is seen below
         mixer, moe, linear = block["mixer"], block["channel"], block["mixer"]["kind"] == "lightning_attention"

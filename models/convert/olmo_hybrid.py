@@ -24,6 +24,7 @@ from seqzoo.models.convert.plain import (
     block_rows,
     mlp_fields,
     mlp_rows,
+    passed_fields,
     rope_spec,
 )
 from seqzoo.models.convert.rules import COPY, SQUEEZE, How, Row, describe, differences, ends, join, period
@@ -92,7 +93,7 @@ def to_theirs(ours: SeqZooConfig) -> dict[str, Any]:
         ValueError: what OLMo-Hybrid cannot express, by name.
     """
     layers = _layers(ours)
-    fields = {name: getattr(ours, name) for name in PASSED if name != "dtype" or ours.dtype is not None}
+    fields = passed_fields(ours)
     fields |= dict(rms_norm_eps=ours.norm_eps, layer_types=[_KINDS[mixer["kind"]] for mixer, _ in layers])
     for mixer, channel in reversed(layers):  # the first of each kind decides; whether all fit it, is seen below
         fields |= mlp_fields(channel) | (_of_delta(mixer) if mixer["kind"] == "gated_deltanet" else _of_full(mixer))

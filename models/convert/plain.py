@@ -71,7 +71,7 @@ class Family(NamedTuple):
         specs = specs_of(ours, self.title, {"attention"}, {"swiglu", "moe"})
         if not specs:
             raise ValueError(f"{cannot}a model without layers")
-        fields = {name: getattr(ours, name) for name in PASSED if name != "dtype" or ours.dtype is not None}
+        fields = passed_fields(ours)
         fields |= dict(rms_norm_eps=ours.norm_eps, tie_word_embeddings=ours.tie_word_embeddings)
         mixer = specs[0][0]
         fields |= self.of_windows([mixer["window"] for mixer, _ in specs])
@@ -134,6 +134,15 @@ class Family(NamedTuple):
             window=window, qk_norm=self.qk_norm, bias=bias, out_bias=out_bias, norm_eps=c.rms_norm_eps,
             **rope_spec(c, width),
         )  # fmt: skip
+
+
+def passed_fields(ours: SeqZooConfig) -> dict[str, Any]:
+    """What both configs say under one name. Tokens that a model made here does not name are none, whatever theirs would
+    take them to be."""
+    fields = {name: getattr(ours, name, None) for name in PASSED}
+    if fields["dtype"] is None:
+        del fields["dtype"]
+    return fields
 
 
 def by_layer_types(c: Any) -> list[int | None]:
