@@ -1,6 +1,7 @@
-"""Times the backends of gated_delta_rule on a CPU and, where it is installed, Transformers' own torch rule, in turn.
+"""Times the backends of a delta rule on a CPU and, where it is installed, Transformers' own torch rule, in turn.
 
     python benchmarks/bench_ops.py --tokens 1024 4096 --width 64 128 --heads 8
+    python benchmarks/bench_ops.py --rule kimi_delta_rule
 
 Each is checked against the others before it is timed. Ratios are to the first line of a table.
 """
@@ -8,6 +9,8 @@ Each is checked against the others before it is timed. Ratios are to the first l
 import argparse
 import sys
 from collections.abc import Callable
+from importlib import import_module
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,31 +19,51 @@ from torch import Tensor
 
 from seqzoo.kernels.dispatch import use_backend
 from seqzoo.kernels.gated_delta_rule import gated_delta_rule
+from seqzoo.kernels.kimi_delta_rule import kimi_delta_rule
 
 
-def theirs() -> Callable | None:
+class Rule(NamedTuple):
+    op: Callable
+    backends: tuple[str, ...]
+    peer: tuple[str, str]  # Transformers' module and function
+    by_channel: bool  # whether every key channel has a decay
+
+
+RULES = {
+    "gated_delta_rule": Rule(
+        gated_delta_rule, ("torch", "cpp"), ("qwen3_next.modeling_qwen3_next", "torch_chunk_gated_delta_rule"), False
+    ),
+    "kimi_delta_rule": Rule(
+        kimi_delta_rule, ("torch",), ("kimi_linear.modeling_kimi_linear", "chunk_kimi_delta_attention"), True
+    ),
+}
+
+
+def theirs(rule: Rule) -> Callable | None:
     """Transformers' chunked rule, with the signature of ours; None where it is not installed."""
     sys.modules["fla"] = None  # found on a machine without GPU, it would break Transformers' module
+    module, name = rule.peer
     try:
-        from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+        chunked = getattr(import_module(f"transformers.models.{module}"), name)
     except ImportError:
         return None
     scale = lambda q: q * q.shape[-1] ** 0.5  # theirs divides by it
-    return lambda q, k, v, g, beta: torch_chunk_gated_delta_rule(scale(q), k, v, g=g, beta=beta)[0]
+    return lambda q, k, v, g, beta: chunked(scale(q), k, v, g=g, beta=beta)[0]
 
 
-def ours(backend: str) -> Callable:
+def ours(rule: Rule, backend: str) -> Callable:
     def run(*inputs: Tensor) -> Tensor:
         with use_backend(backend):
-            return gated_delta_rule(*inputs)[0]
+            return rule.op(*inputs)[0]
 
     return run
 
 
-def draw(tokens: int, heads: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+def draw(rule: Rule, tokens: int, heads: int, width: int, dtype: torch.dtype) -> list[Tensor]:
     """q, k, v, g, beta of one sequence."""
     q, k = (F.normalize(torch.randn(1, tokens, heads, width), dim=-1) for _ in range(2))
-    v, g, beta = torch.randn_like(q), F.logsigmoid(torch.randn(1, tokens, heads)), torch.rand(1, tokens, heads)
+    v, beta = torch.randn_like(q), torch.rand(1, tokens, heads)
+    g = F.logsigmoid(torch.randn(q.shape if rule.by_channel else beta.shape))
     return [x.to(dtype).requires_grad_() for x in (q * width**-0.5, k, v)] + [x.requires_grad_() for x in (g, beta)]
 
 
@@ -70,24 +93,27 @@ def check(rules: dict[str, Callable], inputs: list[Tensor], weights: Tensor, tol
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rule", choices=RULES, default="gated_delta_rule")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--width", type=int, nargs="+", default=[64, 128], help="of a key and of a value")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    dtype = getattr(torch, options.dtype)
-    rules = {"transformers": theirs(), "torch": ours("torch"), "cpp": ours("cpp")}
+    dtype, rule = getattr(torch, options.dtype), RULES[options.rule]
+    rules = {"transformers": theirs(rule), **{name: ours(rule, name) for name in rule.backends}}
     rules = {name: rule for name, rule in rules.items() if rule is not None}
     gate = QuietGate()
     print(machine())
     for width in options.width:
         for tokens in options.tokens:
             torch.manual_seed(0)
-            inputs = draw(tokens, options.heads, width, dtype)
+            inputs = draw(rule, tokens, options.heads, width, dtype)
             weights = torch.randn(inputs[2].shape).to(dtype)
             check(rules, inputs, weights, tolerance=1e-4 if dtype == torch.float32 else 3e-2)
-            print(f"\nB=1 T={tokens} H={options.heads} K=V={width} {options.dtype}, {options.rounds} rounds")
+            print(
+                f"\n{options.rule} B=1 T={tokens} H={options.heads} K=V={width} {options.dtype}, {options.rounds} rounds"
+            )
             for title, make in (("forward", forward), ("forward+backward", lambda r, x, w=weights: both(r, x, w))):
                 runs = {name: make(rule, inputs) for name, rule in rules.items()}
                 for name, timing in time_in_turn(runs, rounds=options.rounds, gate=gate).items():
