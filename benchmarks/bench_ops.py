@@ -111,9 +111,8 @@ def main() -> None:
             inputs = draw(rule, tokens, options.heads, width, dtype)
             weights = torch.randn(inputs[2].shape).to(dtype)
             check(rules, inputs, weights, tolerance=1e-4 if dtype == torch.float32 else 3e-2)
-            print(
-                f"\n{options.rule} B=1 T={tokens} H={options.heads} K=V={width} {options.dtype}, {options.rounds} rounds"
-            )
+            what = f"{options.rule} B=1 T={tokens} H={options.heads} K=V={width} {options.dtype}"
+            print(f"\n{what}, {options.rounds} rounds")
             for title, make in (("forward", forward), ("forward+backward", lambda r, x, w=weights: both(r, x, w))):
                 runs = {name: make(rule, inputs) for name, rule in rules.items()}
                 for name, timing in time_in_turn(runs, rounds=options.rounds, gate=gate).items():
