@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqzoo.benchmarks.decompositions import DECOMPOSITIONS
+from seqzoo.benchmarks.decompositions import MODELS
 from seqzoo.benchmarks.gpu_cases import CASES, OTHER, Case, cases
 from seqzoo.benchmarks.gpu_timing import about, peak, time_in_turn
 from seqzoo.benchmarks.roofline import CHIPS, floor
@@ -109,10 +109,10 @@ def measured(case: Case, device: torch.device, seconds: float) -> dict[str, Any]
 def share(row: dict[str, Any], direction: str, chip: str) -> float | None:
     """The least floor over our time."""
     op = row["op"] + (" by channel" if row["label"].endswith("per channel") else "")
-    least = DECOMPOSITIONS.get((op, direction), {}).get("least")
-    if least is None or chip not in CHIPS:
+    model = MODELS.get((op, direction))
+    if model is None or chip not in CHIPS:
         return None
-    return floor(least(Shape(**row["shape"])), CHIPS[chip]) * 1e3 / row[direction]["seqzoo"]["median"]
+    return floor(model.sides["least"](Shape(**row["shape"])), CHIPS[chip]) * 1e3 / row[direction]["seqzoo"]["median"]
 
 
 def chip_of(device: str) -> str:

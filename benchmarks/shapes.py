@@ -1,12 +1,31 @@
 """Shapes of calls, in bytes and products: the words in which decompositions are written."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-C = 64  # tokens of a chunk, in all of them
+
+class Pass(NamedTuple):
+    """One kernel of a decomposition, or several that touch the same; `torch ...` is done by torch's own."""
+
+    name: str
+    moved: float  # [bytes]
+    flops: float = 0.0  # of matrix products; a multiply-add is 2
+
+
+class Model(NamedTuple):
+    """What moves and multiplies an op in one direction, by whom."""
+
+    op: str
+    direction: str  # forward, backward, or a step of decoding
+    unit: str  # that bytes and products are told of
+    units: Callable[[Any], float]  # how many of these a shape has
+    shapes: dict[str, Any]  # by name; whatever the sides take
+    sides: dict[str, Callable[[Any], list[Pass]]]  # who -> its kernels; `least` first, ours is `seqzoo`
+    published: dict[str, dict[str, float]] = {}  # name of a shape -> who -> [ms] on an H200
 
 
 class Shape(NamedTuple):
-    """Of a call: batch, tokens, key (or query) heads, value (or state) heads, widths, bytes of an element."""
+    """Of a recurrence: batch, tokens, key (or query) heads, value (or state) heads, widths, bytes of an element."""
 
     B: int
     T: int
@@ -15,6 +34,13 @@ class Shape(NamedTuple):
     K: int = 128
     V: int = 128
     size: int = 2
+    C: int = 64  # tokens of a chunk
+    scratch: int = 0  # bytes of an element that kernels hand each other, where that is not `size`
+
+    @property
+    def handed(self) -> int:
+        """[bytes] An element that kernels hand each other."""
+        return self.scratch or self.size
 
     @property
     def rows(self) -> int:
@@ -24,7 +50,7 @@ class Shape(NamedTuple):
     @property
     def chunks(self) -> int:
         """Chunks, all batches."""
-        return self.B * -(-self.T // C)
+        return self.B * -(-self.T // self.C)
 
     @property
     def keys(self) -> int:
@@ -43,8 +69,8 @@ class Shape(NamedTuple):
 
     @property
     def squares(self) -> int:
-        """[bytes] A chunk's C x C matrix per value head."""
-        return self.rows * self.HV * C * self.size
+        """[bytes] A C x C matrix per chunk and value head."""
+        return self.rows * self.HV * self.C * self.handed
 
     @property
     def state(self) -> int:
@@ -57,13 +83,28 @@ class Shape(NamedTuple):
 
     def products(self, **times: float) -> float:
         """[FLOP] Products per token and value head: how often CC, CK, CV, KK, KV is multiplied and added."""
-        width = dict(C=C, K=self.K, V=self.V)
+        width = dict(C=self.C, K=self.K, V=self.V)
         return sum(2.0 * n * width[a] * width[b] for (a, b), n in times.items()) * self.rows * self.HV
 
 
-class Pass(NamedTuple):
-    """One kernel of a decomposition."""
+class Rows(NamedTuple):
+    """Of what is done row by row: how many rows, channels of each, bytes of an element."""
 
-    name: str
-    moved: float  # [bytes]
-    flops: float = 0.0
+    n: int
+    W: int
+    size: int = 2
+
+    @property
+    def all(self) -> int:
+        """[bytes] All rows once."""
+        return self.n * self.W * self.size
+
+
+def per_token_and_head(s: Shape) -> int:
+    """The unit of recurrences."""
+    return s.rows * s.HV
+
+
+def step_shapes(*heads: tuple[int, int], **widths: int) -> dict[str, Shape]:
+    """What a server decodes: 64 sequences, one token or four of each, by key heads and value heads."""
+    return {f"64 x {T}, {H}/{HV} heads": Shape(64, T, H, HV, **widths) for T in (1, 4) for H, HV in heads}

@@ -1,0 +1,216 @@
+"""The roofline: each of our kernels' bytes and products as the interpreter counts them, and what is made of them.
+
+A row is an op: how it is called, and at which small shapes, in which no block of a kernel is wider than what it cuts.
+Bytes per element are a shape's `size`: 4 is float32, 2 bfloat16. With bfloat16 some ops hand float32 from kernel to
+kernel in the interpreter, which takes the bits of bfloat16 for whole numbers: `scratch=4` says so.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from seqzoo.benchmarks import gpu_cases, roofline
+from seqzoo.benchmarks.decompositions import MODELS
+from seqzoo.benchmarks.shapes import Shape
+from seqzoo.kernels import gpu as triton_ground
+
+COUNTED = [
+    pytest.mark.skipif(not triton_ground.usable(), reason="no triton"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU"),
+]
+CPU = torch.device("cpu")
+Calls = Iterator[tuple[str, Callable[[], object]]]  # a direction, and what is to be counted for it
+
+
+class Row(NamedTuple):
+    op: str
+    directions: tuple[str, ...]  # that `calls` yields
+    calls: Callable[[Any], Calls]
+    shapes: list[Any]
+    tables: Callable[[Any], list[tuple[str, str, dict[str, int]]]] = lambda s: []  # op, kernel: what a table is to say
+
+
+def _dtype(s):
+    return {2: torch.bfloat16, 4: torch.float32}[s.size]
+
+
+def _make(s):
+    """Small numbers of a shape, in the call's dtype or another."""
+    return lambda *shape, dtype=None: 0.2 * torch.rand(shape, dtype=dtype or _dtype(s)) - 0.1
+
+
+def recurrence(case: Callable, n: int = 0) -> Callable[[Shape], Calls]:
+    """The n-th case of gpu_cases, forward, and backward from gradients of what was read and of the last state."""
+
+    def calls(s):
+        inputs, sides = list(case({"here": s}, CPU, _dtype(s)))[n][3:5]
+        leaves, kept = [x.requires_grad_() for x in inputs.values()], []
+        yield "forward", lambda: kept.extend(dict(sides)["seqzoo"](*leaves))
+        yield "backward", lambda: torch.autograd.grad(kept, leaves, [torch.randn_like(x) for x in kept])
+
+    return calls
+
+
+def gated_delta_rule_step(s):
+    from seqzoo.kernels.gated_delta_rule.step import gated_delta_rule_step_triton
+
+    make, gates = _make(s), (s.B, s.T, s.HV)
+    q, k = (make(s.B, s.T, s.H, s.K) for _ in range(2))
+    v, g, beta = make(s.B, s.T, s.HV, s.V), *(make(*gates, dtype=torch.float32) for _ in range(2))
+    pool = make(s.B, s.HV, s.K, s.V, dtype=torch.float32)
+    yield "step", lambda: gated_delta_rule_step_triton(q, k, v, g, beta, pool, torch.arange(s.B), None)
+
+
+def linear_attention_step(*channels: str) -> Callable[[Shape], Calls]:
+    def calls(s):
+        from seqzoo.kernels.linear_attention.step import linear_attention_step_triton
+
+        make, width = _make(s), [getattr(s, name) for name in channels]
+        q, k, v = make(s.B, s.T, s.HV, s.K), make(s.B, s.T, s.H, s.K), make(s.B, s.T, s.H, s.V)
+        g, pool = (make(*n, dtype=torch.float32) for n in ((s.B, s.T, s.H, *width), (s.B, s.H, s.K, s.V)))
+        yield "step", lambda: linear_attention_step_triton(q, k, v, g, pool, torch.arange(s.B), None)
+
+    return calls
+
+
+def momentum_delta_rule_step(s):
+    from seqzoo.kernels.momentum_delta_rule.step import momentum_delta_rule_step_triton
+
+    make = _make(s)
+    q, k, p = (make(s.B, s.T, s.H, s.K) for _ in range(3))
+    v, gates = make(s.B, s.T, s.HV, s.V), [make(s.B, s.T, s.HV, dtype=torch.float32) for _ in range(4)]
+    pool = make(s.B, s.HV, 2, s.K, s.V, dtype=torch.float32)
+    yield "step", lambda: momentum_delta_rule_step_triton(q, k, v, p, *gates, pool, torch.arange(s.B), None)
+
+
+def strict_linear_attention_step(s):
+    from seqzoo.kernels.strict_linear_attention.step import strict_linear_attention_step_triton
+
+    make = _make(s)
+    r, v, pool = make(s.B, s.T, s.H, s.K), make(s.B, s.T, 1, s.V), make(s.B, s.H, s.K, s.V, dtype=torch.float32)
+    yield "step", lambda: strict_linear_attention_step_triton(r, v, pool, torch.arange(s.B), None, None)
+
+
+BOTH = "forward", "backward"
+STEPS = [Shape(2, 3, 1, 2, 32, 64, size) for size in (2, 4)]
+CHUNKS = [Shape(1, 128, 1, HV, 32, 64, **size) for HV in (1, 2) for size in (dict(size=4), dict(size=2, scratch=4))]
+
+
+def as_in_bf16(s):
+    """One pass where every query head has a memory, and columns of a program: for float32 the tables say otherwise."""
+    cut, said = dict(num_warps=4, num_stages=1), dict(scan=dict(BV=32 if s.H == s.HV else 0))
+    said |= dict(gradients=dict(BK=64, BV=64), channel_gradients=dict(BK=32, BV=64))
+    return [("linear_attention", kernel, config | cut) for kernel, config in said.items() if s.size == 4]
+
+
+PER_CHANNEL = "linear_attention by channel"
+ROWS = [
+    Row(
+        "gated_delta_rule", BOTH, recurrence(gpu_cases.gated_delta_rule), CHUNKS,
+        lambda s: [("gated_delta_rule", "chunk", {"C": 64})],
+    ),
+    Row("gated_delta_rule", ("step",), gated_delta_rule_step, STEPS),
+    Row("linear_attention", BOTH, recurrence(gpu_cases.linear_attention), CHUNKS, as_in_bf16),
+    Row("linear_attention", ("step",), linear_attention_step(), STEPS),
+    Row(PER_CHANNEL, BOTH, recurrence(gpu_cases.linear_attention, 1), CHUNKS, as_in_bf16),
+    Row(PER_CHANNEL, ("step",), linear_attention_step("K"), STEPS),
+    Row(
+        "momentum_delta_rule", BOTH, recurrence(gpu_cases.momentum_delta_rule),
+        [Shape(1, 64, 1, HV, 32, 64, size) for HV in (1, 2) for size in (2, 4)],
+    ),
+    Row("momentum_delta_rule", ("step",), momentum_delta_rule_step, STEPS),
+    Row(
+        "strict_linear_attention", BOTH, recurrence(gpu_cases.strict_linear_attention),
+        [Shape(1, 512, 2, 2, 64, 128, 2), Shape(1, 256, 2, 2, 32, 64, 4), Shape(1, 128, 1, 1, 64, 64, 2)],
+    ),
+    Row(
+        "strict_linear_attention", ("step",), strict_linear_attention_step,
+        [Shape(2, 3, 2, 2, 256, 32, 2), Shape(2, 3, 2, 2, 64, 32, 4)],
+    ),
+]  # fmt: skip
+
+
+def counted(calls: Calls) -> Iterator[tuple[str, dict]]:
+    """Of each direction its kernels' counts, by name."""
+    from seqzoo.kernels.gpu.traffic import counting
+
+    for direction, call in calls:
+        with counting() as counts:
+            call()
+        yield direction, counts
+
+
+@pytest.mark.parametrize("row, shape", [pytest.param(r, s, id=f"{r.op} {s}") for r in ROWS for s in r.shapes])
+class TestOurKernels:
+    pytestmark = COUNTED
+
+    def test_bytes_and_products(self, row, shape):
+        """Each kernel's bytes, each address once, and its products; what torch's own kernels do is not counted."""
+        from seqzoo.kernels.gpu.tables import using
+
+        with ExitStack() as tables:
+            for table in row.tables(shape):
+                tables.enter_context(using(*table))
+            found = dict(counted(row.calls(shape)))
+        assert tuple(found) == row.directions
+        for direction, counts in found.items():
+            passes = [p for p in MODELS[row.op, direction].sides["seqzoo"](shape) if not p.name.startswith("torch ")]
+            assert list(dict.fromkeys(p.name for p in passes)) == list(counts)
+            for name, traffic in counts.items():
+                moved, flops = (sum(p[n] for p in passes if p.name == name) for n in (1, 2))
+                assert traffic.touched == pytest.approx(moved, rel=0.02), (direction, name)
+                assert traffic.flops == pytest.approx(flops), (direction, name)
+
+
+def test_every_model_is_held_against_its_kernels():
+    assert {(row.op, direction) for row in ROWS for direction in row.directions} == set(MODELS)
+
+
+def per_unit(op, direction, who, shape):
+    """[bytes]"""
+    model = MODELS[op, direction]
+    return sum(p.moved for p in model.sides[who](shape)) / model.units(shape)
+
+
+def test_peers_bytes_are_what_their_sources_say():
+    """As many heads of keys as of values, K = V = 128, bf16, per token and head, states at the ends aside."""
+    ends = 128 * 128 * 4 / 32768  # one fp32 state a head
+    shape = Shape(1, 32768, 8, 8)
+    known = {("forward", "least"): 1032, ("forward", "fla"): 4768, ("backward", "least"): 1808}
+    for (direction, who), expected in known.items():
+        assert per_unit("gated_delta_rule", direction, who, shape) == pytest.approx(expected, abs=ends + 1)
+
+
+def test_floor_is_the_longer_of_bytes_and_products():
+    chip = roofline.Chip(memory=100.0, products=10.0)
+    assert roofline.floor([roofline.Pass("a", 200, 5), roofline.Pass("b", 10, 30)], chip) == 2.0 + 3.0
+
+
+@pytest.mark.parametrize("model", [pytest.param(model, id=" ".join(name)) for name, model in MODELS.items()])
+def test_nothing_is_under_the_least(model):
+    for shape in model.shapes.values():
+        least, *others = roofline.rows(model, shape, roofline.CHIPS["H200"])
+        assert least["who"] == "least" and others[0]["who"] == "seqzoo"
+        for row in others:
+            assert 0 < row["share"] <= 1 and row["bytes_per_unit"] >= least["bytes_per_unit"]
+            assert row["flops_per_unit"] >= least["flops_per_unit"]
+
+
+def test_published_times_are_of_shapes_and_sides_that_are_there():
+    for model in MODELS.values():
+        assert set(model.published) <= set(model.shapes)
+        assert all(set(times) <= set(model.sides) for times in model.published.values())
+
+
+def test_roofline_command(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "roofline.json"
+    command = ["roofline", "--ops", "gated_delta_rule", "--chips", "H200", "A100", "--passes", "--json", str(out)]
+    monkeypatch.setattr("sys.argv", command)
+    roofline.main()
+    said, found = capsys.readouterr().out, json.loads(out.read_text())
+    assert "published 0.877 ms" in said and "kkt and solve" in said
+    assert {row["chip"] for row in found} == {"H200", "A100"}
