@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from seqzoo.kernels.across import ranks
 from seqzoo.layers.span import Span
 
 
@@ -74,13 +75,14 @@ def _packed(cu_seqlens: Tensor, B: int, T: int, seen: int, device: torch.device)
 
 
 def _from_positions(positions: Tensor, B: int, T: int, seen: int, valid: Tensor | None) -> Span:
-    """A document starts where the positions do not go on by one; a first token goes on from the past unless it is 0."""
+    """A document starts where the positions do not go on by one; a first token goes on from the past, or from the rank
+    before where the sequence is split, unless it is 0."""
     if positions.ndim != 2 or positions.shape[0] not in (1, B) or positions.shape[1] != T:
         raise ValueError(f"position_ids: expected [{B}, {T}], got {list(positions.shape)}")
     positions = positions.expand(B, T)
     starts = torch.zeros(B, T, dtype=torch.bool, device=positions.device)
     starts[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
-    if seen:
+    if seen or ranks() is not None:
         starts[:, 0] = positions[:, 0] == 0
     if valid is not None:  # padding has positions too, which mean nothing
         starts &= valid

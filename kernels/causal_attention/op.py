@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from seqzoo.kernels import across
 from seqzoo.kernels.causal_attention.blocked import causal_attention_blocked
 from seqzoo.kernels.causal_attention.cpp import causal_attention_cpp, usable
 from seqzoo.kernels.causal_attention.flex import causal_attention_flex, takes
@@ -73,5 +74,44 @@ def causal_attention(
             raise ValueError(f"causal_attention: {name}: expected q's dtype {q.dtype}, got {x.dtype}")
     if key_document is not None and query_document is None:
         query_document = key_document[:, S - T :] if T < S else key_document
+    if across.ranks() is not None and sinks < S:
+        k, v, key_document = _with_those_before(T, k, v, window, query_document, key_document, sinks)
+        query_document = key_document[:, -T:]
     name = choose(BACKENDS, tokens=S, device=q.device, able=lambda name: takes(q, v) if name == "flex" else usable(q))
     return BACKENDS[name](q, k, v, window, query_document, key_document, sinks)
+
+
+def _with_those_before(
+    T: int, k: Tensor, v: Tensor, window: int | None, query_document: Tensor | None, document: Tensor | None, sinks: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and documents of the sinks, of the ranks before as far as they are seen, and of this rank.
+
+    A rank's documents are counted from the one that goes on from before, 0. Of the ranks before, only that one is seen.
+    """
+    S, K = k.shape[2], k.shape[-1]
+    if T + sinks != S:
+        raise ValueError(f"causal_attention: k: expected {T} keys beside {sinks} sinks, none kept, got {S}")
+    if document is None:
+        document = torch.zeros(k.shape[0], S, dtype=torch.int64, device=k.device)
+    own, split = document[:, sinks:], across.ranks()
+    pairs = torch.cat([k[:, :, sinks:], v[:, :, sinks:]], dim=-1)
+    last = own == own[:, -1:]  # of the document that goes on into the next rank
+    whole = own[:, -1:] == 0  # where that one has begun before this rank
+    if window is not None and window - 1 <= T:
+        reach = max(window - 1, 1)
+        ahead = across.from_before(pairs[:, :, -reach:])
+        seen = across.from_before(last[:, -reach:].to(pairs.dtype)) > 0
+    else:
+        parts = across.gathered(pairs)[: split.rank]
+        marks = across.gathered(torch.cat([last, whole], dim=1).float())[: split.rank] > 0
+        seen, goes_on = [], torch.ones_like(whole)
+        for mark in marks.flip(0):  # the nearest first
+            seen.insert(0, mark[:, :-1] & goes_on)
+            goes_on = goes_on & mark[:, -1:]
+        ahead = parts.movedim(0, 2).flatten(2, 3)  # [B, G, ranks T, K + V]
+        seen = torch.cat([own[:, :0] > 0, *seen], dim=1)
+    pairs = torch.cat([ahead, pairs], dim=2)
+    documents = torch.cat([document[:, :sinks], seen.long() - 1, own], dim=1)
+    k = torch.cat([k[:, :, :sinks], pairs[..., :K]], dim=2)
+    v = torch.cat([v[:, :, :sinks], pairs[..., K:]], dim=2)
+    return k, v, documents

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from seqzoo.kernels import across
 from seqzoo.kernels.checks import check_tensors
 from seqzoo.kernels.dispatch import choose
 from seqzoo.kernels.fla import usable as has_fla
@@ -49,6 +50,15 @@ def kimi_delta_rule(
         ValueError: shapes, dtypes or devices that do not fit, no token, or a forced backend that cannot run this.
     """
     _check(q, v, k, g, beta, state, starts)
+    if across.ranks() is not None:
+        across.check_whole("kimi_delta_rule", state)
+        return across.recurrence(lambda v, memory: _run(q, k, v, g, beta, memory, starts), v, (q.shape[3],))
+    return _run(q, k, v, g, beta, state, starts)
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
     name = choose(BACKENDS, tokens=v.shape[1], device=v.device, able=lambda backend: _able(v))
     if not torch.is_autocast_enabled(v.device.type):
         return BACKENDS[name](q, k, v, g, beta, state, starts)

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from seqzoo.kernels import across
 from seqzoo.kernels.checks import check_tensors
 from seqzoo.kernels.dispatch import choose
 from seqzoo.kernels.gpu import takes
@@ -56,10 +57,20 @@ def momentum_delta_rule(
         ValueError: shapes, dtypes or devices that do not fit, no token, or a forced backend that cannot run this.
     """
     _check(q, v, p, k=k, log_alpha=log_alpha, log_mu=log_mu, beta=beta, eta=eta, state=state, starts=starts)
+    gates = log_alpha, log_mu, beta, eta
+    if across.ranks() is not None:
+        across.check_whole("momentum_delta_rule", state)
+        return across.recurrence(lambda v, memory: _run(q, k, v, p, gates, memory, starts), v, (2, q.shape[3]))
+    return _run(q, k, v, p, gates, state, starts)
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, p: Tensor, gates: tuple[Tensor, ...], state: Tensor | None, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
     able = lambda backend: takes(q) and q.dtype == k.dtype == v.dtype == p.dtype and q.shape[3] <= gpu.WIDEST
     name = choose(BACKENDS, tokens=v.shape[1], device=v.device, able=able)
     with torch.autocast(v.device.type, enabled=False):  # the memory stays in fp32
-        return BACKENDS[name](q, k, v, p, log_alpha, log_mu, beta, eta, state, starts)
+        return BACKENDS[name](q, k, v, p, *gates, state, starts)
 
 
 def _check(q: Tensor, v: Tensor, p: Tensor, **others: Tensor | None) -> None:

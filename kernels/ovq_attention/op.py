@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from seqzoo.kernels import across
 from seqzoo.kernels.checks import KINDS, check_tensors
 from seqzoo.kernels.dispatch import choose
 from seqzoo.kernels.ovq_attention import cpp, gpu
@@ -49,6 +50,15 @@ def ovq_attention(
         ValueError: shapes, dtypes or devices that do not fit, no token, or a forced backend that is not there.
     """
     _check(q, k, v, scale, rule, state, starts, valid)
+    if (split := across.ranks()) is not None:  # chunks cannot be put together: each moves what the next finds
+        across.check_whole("ovq_attention", state)
+        B, T = v.shape[:2]
+        marks = (v.new_zeros(B, T) if starts is None else starts), (v.new_ones(B, T) if valid is None else valid)
+        starts, valid = (across.joined(x.float()) > 0 for x in marks)
+        q, k, v = (across.joined(x) for x in (q, k, v))
+        with across.split_sequence(None):
+            o, _ = ovq_attention(q, k, v, scale, rule, starts=starts, valid=valid)
+        return o[:, split.rank * T : (split.rank + 1) * T], None
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, scale, *(state or ())))
     traced = torch.compiler.is_compiling()  # torch.compile, which needs a compiler itself
     here = dict(

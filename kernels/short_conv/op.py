@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from seqzoo.kernels import across
 from seqzoo.kernels.dispatch import choose
 from seqzoo.kernels.gpu import usable
 from seqzoo.kernels.short_conv.composed import short_conv_composed
@@ -51,11 +52,22 @@ def short_conv(
         raise ValueError(f"short_conv: past: expected shape {(B, W - 1, C)}, got {tuple(past.shape)}")
     if starts is not None and (starts.shape != (B, T) or starts.dtype != torch.bool):
         raise ValueError(f"short_conv: starts: expected bool {(B, T)}, got {starts.dtype} {tuple(starts.shape)}")
+    if across.ranks() is not None and W > 1:
+        across.check_whole("short_conv", past)
+        past = _tail_before(x, W - 1, starts)
     name = choose(BACKENDS, tokens=T, device=x.device, able=lambda name: able(name, x, weight))
     if not torch.is_autocast_enabled(x.device.type):
         return BACKENDS[name](x, weight, past, starts)
     with torch.autocast(x.device.type, enabled=False):  # y keeps x's dtype
         return BACKENDS[name](x, weight, past, starts)
+
+
+def _tail_before(x: Tensor, length: int, starts: Tensor | None) -> Tensor:
+    """The last inputs of the rank before, zeros for those of documents that have ended there."""
+    if x.shape[1] < length:
+        raise ValueError(f"short_conv: x: expected at least {length} tokens on each rank, got {x.shape[1]}")
+    goes_on = across.open_until_end(starts, tuple(x.shape[:2]), x.device)[:, -length:, None]
+    return across.from_before(x[:, -length:] * goes_on)
 
 
 def able(name: str, x: Tensor, weight: Tensor) -> bool:

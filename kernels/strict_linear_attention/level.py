@@ -7,12 +7,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from seqzoo.kernels import across
 from seqzoo.kernels.checks import check_tensors
 from seqzoo.kernels.dispatch import choose
 from seqzoo.kernels.gpu import takes
 from seqzoo.kernels.strict_linear_attention import level_cpp
 from seqzoo.kernels.strict_linear_attention.chunked import strict_linear_attention_chunked
 from seqzoo.kernels.strict_linear_attention.gpu import strict_linear_attention_triton
+from seqzoo.kernels.strict_linear_attention.op import attend
 from seqzoo.kernels.strict_linear_attention.reference import level_of, strict_linear_attention_reference
 
 LEVELS = {
@@ -58,12 +60,14 @@ def bdh_level(
         ValueError: shapes, dtypes or devices that do not fit, or a forced backend that cannot run this.
     """
     _check(v, encoder, gate, decoder, cos, sin, state, starts, decay, passed, x_before)
+    how = dict(
+        state=state, starts=starts, decay=decay, passed=passed, dropout=dropout, norm_eps=norm_eps, x_before=x_before
+    )
+    if across.ranks() is not None:
+        return level_of(attend)(v, encoder, gate, decoder, cos, sin, **how)
     able = lambda backend: _able(backend, v, encoder, x_before)
     name = choose(LEVELS, tokens=v.shape[1], device=v.device, able=able)
-    return LEVELS[name](
-        v, encoder, gate, decoder, cos, sin, state=state, starts=starts, decay=decay, passed=passed, dropout=dropout,
-        norm_eps=norm_eps, x_before=x_before,
-    )  # fmt: skip
+    return LEVELS[name](v, encoder, gate, decoder, cos, sin, **how)
 
 
 def _able(backend: str, v: Tensor, encoder: Tensor, x_before: Tensor | None) -> bool:

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from seqzoo.kernels import across
 from seqzoo.kernels.checks import check_tensors
 from seqzoo.kernels.dispatch import choose
 from seqzoo.kernels.gpu import takes
@@ -46,6 +47,32 @@ def strict_linear_attention(
         ValueError: shapes, dtypes or devices that do not fit, no token, or a forced backend that cannot run this.
     """
     _check(r, v, state, starts, decay)
+    return attend(r, v, state, starts, decay)
+
+
+def attend(
+    r: Tensor, v: Tensor, state: Tensor | None, starts: Tensor | None, decay: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same, unchecked, wherever the tokens are."""
+    if across.ranks() is None:
+        return _run(r, v, state, starts, decay)
+    across.check_whole("strict_linear_attention", state)
+    a, end = _run(r, v, None, starts, decay)
+    (B, T, H), dtype = r.shape[:3], end.dtype
+    with torch.autocast(v.device.type, enabled=False):
+        rates = r.new_zeros(H, dtype=dtype) if decay is None else decay.to(dtype)
+        same = across.open_from_begin(starts, (B, T), v.device)[..., None]
+        left = (torch.arange(T + 1, device=v.device)[:, None] * rates).exp()  # [T + 1, H] of a memory, after t tokens
+        transition = left[-1] * same[:, -1]
+        before = across.memory_before(end, torch.mul, transition[..., None, None].expand(*end.shape[:3], 1))
+        reads = r.to(dtype) * (left[:-1] * same)[..., None]
+        a = a + torch.einsum("bthn,bhnd->bthd", reads, before).to(a.dtype)
+        return a, end + transition[..., None, None] * before
+
+
+def _run(
+    r: Tensor, v: Tensor, state: Tensor | None, starts: Tensor | None, decay: Tensor | None
+) -> tuple[Tensor, Tensor]:
     name = choose(BACKENDS, tokens=v.shape[1], device=v.device, able=lambda backend: _able(backend, r, v))
     with torch.autocast(v.device.type, enabled=False):  # the memory stays in fp32
         return BACKENDS[name](r, v, state, starts, decay)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from seqzoo.kernels import across
 from seqzoo.layers.attend import Kept, SoftmaxHeads, seen_by
 from seqzoo.layers.schema import check_types
 from seqzoo.layers.span import Span
@@ -149,6 +150,9 @@ class MomentumAttention(SoftmaxHeads):
             gamma = self.gamma.to(q.dtype)[:, None]
             gammas = gamma.repeat_interleave(self.H // self.G, dim=0), gamma
         past, begun = ((None, None), None) if state is None else ((state.q, state.k), state.begun)
+        if (split := across.ranks()) is not None:  # the last token of the rank before stands before the first one here
+            past = [across.from_before(x[:, -1]) for x in (q, k)]
+            begun = torch.full((q.shape[0],), split.rank > 0, device=q.device)
         q, k = (
             shear(x, gamma, last=last, begun=begun, borders=span.borders, first=self.first) if wanted else x
             for x, gamma, last, wanted in zip((q, k), gammas, past, self.shears, strict=True)

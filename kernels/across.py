@@ -1,0 +1,177 @@
+"""One sequence over several processes: each has a stretch of its tokens, in the order of their ranks.
+
+    with split_sequence(group):
+        y, _ = layer(x[:, mine], span_of_mine)        every rank calls the same; backward inside, too
+        y.sum().backward()                            of x's stretch; of parameters a rank's share of a sum
+
+Layers and models know nothing of it: what they call is one op, wherever the tokens are. A recurrence is run from an
+empty memory, beside it what the stretch does to any memory (its transition) and how its tokens read the first one; one
+gathering of (memory, transition) tells each rank the memory that its stretch begins with. A convolution or a window
+takes what it needs from the rank before, full attention gathers keys and values.
+
+No state goes in while the sequence is split, and what comes out beside the outputs is of the end of the stretch.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+WIDEST = 256  # channels of a value that every kernel takes
+
+
+class Ranks(NamedTuple):
+    group: "dist.ProcessGroup"
+    rank: int
+    size: int
+
+
+_split: Ranks | None = None  # a plain global, of the whole process
+
+
+@contextmanager
+def split_sequence(group: "dist.ProcessGroup | None") -> Iterator[None]:
+    """Inside, the ops' tokens are a stretch of a sequence over the group's processes; None, or one alone: all of it."""
+    global _split
+    before = _split
+    alone = group is None or dist.get_world_size(group) == 1
+    _split = None if alone else Ranks(group, dist.get_rank(group), dist.get_world_size(group))
+    try:
+        yield
+    finally:
+        _split = before
+
+
+def ranks() -> Ranks | None:
+    """Over whom the sequence is split; None where it is whole."""
+    return _split
+
+
+def check_whole(op: str, state: object) -> None:
+    """Raises ValueError: a state, while the sequence is split."""
+    if state is not None:
+        raise ValueError(f"{op}: state: expected None while the sequence is split over ranks, got one")
+
+
+def gathered(x: Tensor) -> Tensor:
+    """x of every rank, [ranks, *x.shape], with gradients."""
+    return _Gather.apply(x, _split)
+
+
+def joined(x: Tensor) -> Tensor:
+    """x [B, T, ...] of every rank, one after the other, [B, ranks T, ...], with gradients."""
+    return gathered(x).movedim(0, 1).flatten(1, 2)
+
+
+def from_before(x: Tensor) -> Tensor:
+    """x of the rank before, zeros for the first, with gradients."""
+    return _FromBefore.apply(x, _split)
+
+
+def open_until_end(starts: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:
+    """[B, T] bool: tokens after which no document starts in the stretch."""
+    if starts is None:
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    return starts.flip(1).cumsum(1).flip(1) - starts.int() == 0
+
+
+def open_from_begin(starts: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:
+    """[B, T] bool: tokens of the document that the stretch begins in the middle of."""
+    if starts is None:
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    return starts.cumsum(1) == 0
+
+
+def memory_before(end: Tensor, moves: Callable[[Tensor, Tensor], Tensor], transition: Tensor) -> Tensor:
+    """The memory with which this rank's stretch begins.
+
+    Args:
+        end: [.., R, V] the memory after the stretch, begun empty.
+        transition: [.., R, X] what the stretch does to a memory.
+        moves: transition, memory -> the memory moved.
+    """
+    V, parts = end.shape[-1], gathered(torch.cat([end, transition.to(end.dtype)], dim=-1))
+    memory = _Tied.apply(torch.zeros_like(end), parts)
+    for part in parts[: _split.rank]:
+        memory = part[..., :V] + moves(part[..., V:], memory)
+    return memory
+
+
+def recurrence(
+    run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], v: Tensor, rows: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """A recurrence that is linear in its memory [B, H, *rows, V], of values v [B, T, H, V].
+
+    run(values, memory) -> (what is read, the next memory) takes values of any width: each column is by itself. So the
+    columns of the identity, with values of 0, come out as the transition, and as how each token reads what was there.
+    """
+    (B, T, H, V), R = v.shape, 1
+    for n in rows:
+        R *= n
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    with torch.autocast(v.device.type, enabled=False):
+        identity = torch.eye(R, dtype=dtype, device=v.device).view(*rows, R).expand(B, H, *rows, R)
+        empty, nothing = v.new_zeros(B, H, *rows, V, dtype=dtype), v.new_zeros(B, T, H, R)
+        if V + R <= WIDEST:
+            o, end = run(torch.cat([v, nothing], -1), torch.cat([empty, identity], -1))
+            (o, reads), (end, transition) = o.split([V, R], -1), end.split([V, R], -1)
+        else:
+            (o, end), (reads, transition) = run(v, empty), run(nothing, identity.contiguous())
+        end, transition = end.reshape(B, H, R, V), transition.reshape(B, H, R, R)
+        before = memory_before(end, torch.matmul, transition)
+        o = o + torch.einsum("bthr,bhrv->bthv", reads.to(dtype), before).to(o.dtype)
+        return o, (end + transition @ before).view(B, H, *rows, V)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, split: Ranks) -> Tensor:
+        ctx.split = split
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(split.size)]
+        dist.all_gather(parts, x.contiguous(), group=split.group)
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx, d: Tensor) -> tuple[Tensor, None]:
+        """Each rank gets what all others owe to its x."""
+        owed = torch.empty_like(d, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(owed, d.contiguous(), group=ctx.split.group)
+        return owed.sum(0), None
+
+
+class _Tied(torch.autograd.Function):
+    """x, with parts in its history: backward, where all ranks must meet, comes by though nothing of them is used."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, parts: Tensor) -> Tensor:
+        ctx.shape = parts.shape
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, d: Tensor) -> tuple[Tensor, Tensor]:
+        return d, d.new_zeros(()).expand(ctx.shape)
+
+
+class _FromBefore(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, split: Ranks) -> Tensor:
+        ctx.split = split
+        return _shifted(x, split, by=1)
+
+    @staticmethod
+    def backward(ctx, d: Tensor) -> tuple[Tensor, None]:
+        return _shifted(d, ctx.split, by=-1), None
+
+
+def _shifted(x: Tensor, split: Ranks, *, by: int) -> Tensor:
+    """x of rank - by; zeros where there is none."""
+    x, found, pending = x.contiguous(), torch.zeros_like(x, memory_format=torch.contiguous_format), []
+    for way, tensor, peer in ((dist.isend, x, split.rank + by), (dist.irecv, found, split.rank - by)):
+        if 0 <= peer < split.size:
+            pending.append(dist.P2POp(way, tensor, dist.get_global_rank(split.group, peer), split.group))
+    for request in dist.batch_isend_irecv(pending):
+        request.wait()
+    return found
