@@ -1,12 +1,13 @@
 """Counts what kernels really load, store and multiply, by running them in Triton's interpreter.
 
 What a roofline model says of a kernel's bytes and products can so be held against the kernel itself. Elements that are
-masked out do not count. `touched` counts each address once, as a cache without end would; `moved` each load and store.
+masked out do not count. `touched` counts each address once for reading and once for writing, launch by launch, as a
+cache would that has no end while a kernel runs; `moved` each load and store.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,19 +22,13 @@ class Traffic:
     programs: int = 0
     loaded: int = 0  # [bytes]
     stored: int = 0
+    touched: int = 0
     flops: int = 0  # of matrix products; a multiply-add is 2
-    _read: list[np.ndarray] = field(default_factory=list, repr=False)
-    _written: list[np.ndarray] = field(default_factory=list, repr=False)
 
     @property
     def moved(self) -> int:
         """[bytes] All loads and stores."""
         return self.loaded + self.stored
-
-    @property
-    def touched(self) -> int:
-        """[bytes] Each address once for reading and once for writing."""
-        return sum(len(np.unique(np.concatenate(x))) for x in (self._read, self._written) if x)
 
 
 @contextmanager
@@ -43,24 +38,22 @@ def counting() -> Iterator[dict[str, Traffic]]:
 
     counts: dict[str, Traffic] = {}
     current: list[Traffic] = []
+    seen: dict[tuple[str, int], list[np.ndarray]] = {}  # of a launch: addresses by what was done there, and bytes
     load, store, dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
 
-    def addresses(pointers, mask) -> tuple[np.ndarray, int]:
-        """Every byte of what is not masked out, and how many there are."""
+    def note(how: str, pointers, mask) -> int:
+        """Keeps where all is that is not masked out; its bytes."""
         width = max(8, pointers.get_element_ty().primitive_bitwidth) // 8
-        first = np.asarray(pointers.data)[np.asarray(mask.data, dtype=bool)].astype(np.int64).ravel()
-        return (first[:, None] + np.arange(width)).ravel(), len(first) * width
+        where = np.asarray(pointers.data)[np.asarray(mask.data, dtype=bool)].ravel()
+        seen.setdefault((how, width), []).append(where)
+        return len(where) * width
 
     def counted_load(pointers, mask, *rest):
-        where, n = addresses(pointers, mask)
-        current[-1].loaded += n
-        current[-1]._read.append(np.unique(where))
+        current[-1].loaded += note("read", pointers, mask)
         return load(pointers, mask, *rest)
 
     def counted_store(pointers, value, mask, *rest):
-        where, n = addresses(pointers, mask)
-        current[-1].stored += n
-        current[-1]._written.append(np.unique(where))
+        current[-1].stored += note("written", pointers, mask)
         return store(pointers, value, mask, *rest)
 
     def counted_dot(a, b, *rest):
@@ -72,8 +65,10 @@ def counting() -> Iterator[dict[str, Traffic]]:
         current.append(counts.setdefault(name, Traffic()))
         current[-1].launches += 1
         current[-1].programs += int(np.prod(this.grid))
+        seen.clear()
         try:
             run(this)
+            current[-1].touched += sum(width * len(np.unique(np.concatenate(x))) for (_, width), x in seen.items())
         finally:
             current.pop()
 
