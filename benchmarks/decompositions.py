@@ -8,6 +8,7 @@ tests/test_roofline.py holds each of ours against the loads, stores and products
 from seqzoo.benchmarks.kernel_models import (
     delta_inputs,
     delta_step,
+    expert_mlp,
     gated_delta_rule,
     linear_attention,
     momentum_delta_rule,
@@ -28,5 +29,6 @@ OPS = (
     rms_norm,
     delta_step,
     spike,
+    expert_mlp,
 )
 MODELS: dict[tuple[str, str], Model] = {(model.op, model.direction): model for file in OPS for model in file.MODELS}

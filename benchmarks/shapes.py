@@ -3,6 +3,10 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
+from seqzoo.kernels.gpu.tables import for_arch, tuned
+
 
 class Pass(NamedTuple):
     """One kernel of a decomposition, or several that touch the same; `torch ...` is done by torch's own."""
@@ -108,3 +112,14 @@ def per_token_and_head(s: Shape) -> int:
 def step_shapes(*heads: tuple[int, int], **widths: int) -> dict[str, Shape]:
     """What a server decodes: 64 sequences, one token or four of each, by key heads and value heads."""
     return {f"64 x {T}, {H}/{HV} heads": Shape(64, T, H, HV, **widths) for T in (1, 4) for H, HV in heads}
+
+
+def cut(op: str, kernel: str, size: int, **widths: int) -> dict[str, int]:
+    """The blocks that sm_90's table says, for bf16 where an element has 2 bytes, else for fp32."""
+    with for_arch("sm_90"):
+        return tuned(op, kernel, torch.device("meta"), {2: torch.bfloat16, 4: torch.float32}[size], **widths)
+
+
+def up(n: int, block: int) -> int:
+    """n in whole blocks."""
+    return -(-n // block) * block

@@ -9,12 +9,14 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from seqzoo.benchmarks import gpu_cases, roofline
 from seqzoo.benchmarks.decompositions import MODELS
+from seqzoo.benchmarks.kernel_models.expert_mlp import Experts
 from seqzoo.benchmarks.kernel_models.short_conv import Conv
 from seqzoo.benchmarks.shapes import Rows, Shape
 from seqzoo.kernels import gpu as triton_ground
@@ -32,6 +34,7 @@ class Row(NamedTuple):
     directions: tuple[str, ...]  # that `calls` yields
     calls: Callable[[Any], Calls]
     shapes: list[Any]
+    who: str = "seqzoo"
     tables: Callable[[Any], list[tuple[str, str, dict[str, int]]]] = lambda s: []  # op, kernel: what a table is to say
 
 
@@ -155,6 +158,24 @@ def delta_step(s):
     yield "step", lambda: delta_step_triton(*time, *constant, *pools, torch.arange(s.B), None, 1e-6, 1.0)
 
 
+def expert_mlp(in_triton: bool) -> Callable[[Experts], Calls]:
+    """Products by torch, which are not counted, or by us, as on a GPU of which torch's would wait for the host."""
+
+    def calls(s):
+        from seqzoo.kernels.expert_mlp import gpu, grouped_product
+
+        make = _make(s)
+        chosen = torch.arange(s.R).view(s.N, s.k) % s.E
+        x, dy, weight = make(s.N, s.D), make(s.N, s.D), make(s.N, s.k)
+        leaves = [t.requires_grad_() for t in (x, weight, make(s.E, 2 * s.I, s.D), make(s.E, s.D, s.I))]
+        y, ours = [], lambda: patch.object(grouped_product, "in_triton", lambda *_: in_triton)
+        run = lambda: y.append(gpu.expert_mlp_triton(x, chosen, *leaves[1:]))
+        yield "forward", ours()(run)
+        yield "backward", ours()(lambda: torch.autograd.grad(y, leaves, dy))
+
+    return calls
+
+
 BOTH = "forward", "backward"
 STEPS = [Shape(2, 3, 1, 2, 32, 64, size) for size in (2, 4)]
 CHUNKS = [Shape(1, 128, 1, HV, 32, 64, **size) for HV in (1, 2) for size in (dict(size=4), dict(size=2, scratch=4))]
@@ -171,12 +192,12 @@ PER_CHANNEL = "linear_attention by channel"
 ROWS = [
     Row(
         "gated_delta_rule", BOTH, recurrence(gpu_cases.gated_delta_rule), CHUNKS,
-        lambda s: [("gated_delta_rule", "chunk", {"C": 64})],
+        tables=lambda s: [("gated_delta_rule", "chunk", {"C": 64})],
     ),
     Row("gated_delta_rule", ("step",), gated_delta_rule_step, STEPS),
-    Row("linear_attention", BOTH, recurrence(gpu_cases.linear_attention), CHUNKS, as_in_bf16),
+    Row("linear_attention", BOTH, recurrence(gpu_cases.linear_attention), CHUNKS, tables=as_in_bf16),
     Row("linear_attention", ("step",), linear_attention_step(), STEPS),
-    Row(PER_CHANNEL, BOTH, recurrence(gpu_cases.linear_attention, 1), CHUNKS, as_in_bf16),
+    Row(PER_CHANNEL, BOTH, recurrence(gpu_cases.linear_attention, 1), CHUNKS, tables=as_in_bf16),
     Row(PER_CHANNEL, ("step",), linear_attention_step("K"), STEPS),
     Row(
         "momentum_delta_rule", BOTH, recurrence(gpu_cases.momentum_delta_rule),
@@ -191,12 +212,17 @@ ROWS = [
         "strict_linear_attention", ("step",), strict_linear_attention_step,
         [Shape(2, 3, 2, 2, 256, 32, 2), Shape(2, 3, 2, 2, 64, 32, 4)],
     ),
-    Row("short_conv", BOTH, short_conv, [Conv(2, 100, 80, 4, size) for size in (2, 4)]),
+    Row("short_conv", BOTH, short_conv, [Conv(2, 70, 80, 4, size) for size in (2, 4)]),
     Row("short_conv", ("step",), short_conv_step, [Conv(2, T, 80, 4, 2) for T in (1, 5)]),
     Row("delta_inputs", BOTH, delta_inputs, [Shape(2, 20, 1, 2, 32, 48, 2), Shape(2, 20, 2, 2, 48, 32, 4)]),
-    Row("rms_norm", BOTH, norm(gated=False), [Rows(130, 8192, 2), Rows(50, 96, 4)]),
+    Row("rms_norm", BOTH, norm(gated=False), [Rows(50, 520, 2), Rows(50, 96, 4)]),
     Row("gated_rms_norm", BOTH, norm(gated=True), [Rows(50, 96, 2), Rows(50, 300, 4)]),
     Row("delta_step", ("step",), delta_step, STEPS),
+    Row("expert_mlp", BOTH, expert_mlp(in_triton=False), [Experts(50, 3, 4, 48, 40, size) for size in (2, 4)]),
+    Row(
+        "expert_mlp", BOTH, expert_mlp(in_triton=True), [Experts(64, 2, 2, 128, 128, 2), Experts(64, 4, 2, 64, 64, 4)],
+        who="in Triton",
+    ),
     Row("spike", BOTH, spike, [Rows(3, 5000, 2), Rows(50, 96, 4)]),
 ]  # fmt: skip
 
@@ -211,7 +237,7 @@ def counted(calls: Calls) -> Iterator[tuple[str, dict]]:
         yield direction, counts
 
 
-@pytest.mark.parametrize("row, shape", [pytest.param(r, s, id=f"{r.op} {s}") for r in ROWS for s in r.shapes])
+@pytest.mark.parametrize("row, shape", [pytest.param(r, s, id=f"{r.op} {r.who} {s}") for r in ROWS for s in r.shapes])
 class TestOurKernels:
     pytestmark = COUNTED
 
@@ -225,12 +251,28 @@ class TestOurKernels:
             found = dict(counted(row.calls(shape)))
         assert tuple(found) == row.directions
         for direction, counts in found.items():
-            passes = [p for p in MODELS[row.op, direction].sides["seqzoo"](shape) if not p.name.startswith("torch ")]
+            passes = [p for p in MODELS[row.op, direction].sides[row.who](shape) if not p.name.startswith("torch ")]
             assert list(dict.fromkeys(p.name for p in passes)) == list(counts)
             for name, traffic in counts.items():
                 moved, flops = (sum(p[n] for p in passes if p.name == name) for n in (1, 2))
                 assert traffic.touched == pytest.approx(moved, rel=0.02), (direction, name)
                 assert traffic.flops == pytest.approx(flops), (direction, name)
+
+
+@COUNTED[0]
+@pytest.mark.parametrize("label, s", MODELS["rms_norm", "backward"].shapes.items())
+def test_a_norm_has_a_share_for_each_program(label, s):
+    """At full size, where a program has several blocks; nothing is run."""
+    from seqzoo.kernels.gpu import recording
+    from seqzoo.kernels.rms_norm.gpu import backward
+
+    x, weight = (torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((s.n, s.W), (s.W,)))
+    with recording() as launches:
+        backward(x, None, weight, x, 1e-6, 0.0)
+    ((programs,),) = [launch.grid for launch in launches]
+    assert 0 < programs < s.n
+    moved = MODELS["rms_norm", "backward"].sides["seqzoo"](s)[0].moved
+    assert moved == 3 * s.all + s.W * (2 + 4 * programs)
 
 
 def test_every_model_is_held_against_its_kernels():

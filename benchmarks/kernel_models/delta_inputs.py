@@ -4,7 +4,7 @@ q, k, g and beta are fp32 whatever the inputs are, and so are their gradients, a
 table cuts.
 """
 
-from seqzoo.benchmarks.shapes import Model, Pass, Shape
+from seqzoo.benchmarks.shapes import Model, Pass, Shape, cut
 
 
 def _inputs(s: Shape) -> tuple[int, int]:
@@ -28,10 +28,9 @@ def _least_backward(s: Shape) -> list[Pass]:
 
 
 def _ours_backward(s: Shape) -> list[Pass]:
-    """Each program has BR key heads and writes its tokens' share of the gradients of a_log and dt_bias."""
+    """Each program has a block of key heads and writes its tokens' share of the gradients of a_log and dt_bias."""
     (least,), (_, heads) = _least_backward(s), _inputs(s)
-    BR = next(n for most, n in ((64, 32), (128, 16), (256, 8), (512, 4)) if most >= s.K)
-    shares = -(-s.rows * s.H // BR) * heads
+    shares = -(-s.rows * s.H // cut("delta_inputs", "backward", s.size, K=s.K)["BR"]) * heads
     return [
         Pass("delta_inputs_backward", least.moved - heads + shares),
         Pass("torch sum of shares", shares + heads),

@@ -7,7 +7,7 @@ matrices, memories and errors are bf16 where the inputs are, else fp32; gates an
 
 from math import log2
 
-from seqzoo.benchmarks.shapes import Model, Pass, Shape, per_token_and_head, step_shapes
+from seqzoo.benchmarks.shapes import Model, Pass, Shape, cut, per_token_and_head, step_shapes
 
 
 def _least(s: Shape) -> list[Pass]:
@@ -20,6 +20,11 @@ def _least_backward(s: Shape) -> list[Pass]:
     """What was asked and written once more, and two products for each of forward's."""
     flops = s._replace(C=32).products(CK=6, CV=5, KV=16)
     return [Pass("all", 6 * s.keys + 3 * s.values + 8 * s.gates + 2 * s.state, flops)]
+
+
+def _chunked(s: Shape, kernel: str) -> Shape:
+    """Its chunks as long as sm_90's table says."""
+    return s._replace(C=cut("momentum_delta_rule", kernel, s.size, K=s.K)["C"])
 
 
 def _per_token(s: Shape) -> float:
@@ -43,8 +48,8 @@ def _keep(s: Shape) -> Pass:
 
 
 def _ours(s: Shape) -> list[Pass]:
-    """In bf16 the scan reads, too, in chunks of 64; in fp32 it keeps, in chunks of 32, and another kernel reads."""
-    s = s._replace(C=64 if s.size == 2 else 32)
+    """In bf16 the scan reads, too; in fp32 it keeps, and another kernel reads."""
+    s = _chunked(s, "scan")
     if s.size == 2:  # 6 coefficients, and of one more each chunk's last
         moved = 3 * s.keys + 2 * s.values + (7 + 1 / s.C) * s.gates + 2 * s.squares + 2 * s.state
         return [_prepare(s), Pass("scan", moved, s.products(CV=2, KV=6))]
@@ -57,7 +62,7 @@ def _ours(s: Shape) -> list[Pass]:
 
 
 def _ours_backward(s: Shape) -> list[Pass]:
-    s = s._replace(C=32)
+    s = _chunked(s, "back")
     kept, Z = 2 * s.states(s.handed), _per_token(s)  # E is as large as Z
     wide = s.rows * s.HV * s.K * (s.size if s.H == s.HV else 4)  # a gradient of q, k or p, by value head
     summed = s.keys // s.size * 4

@@ -1,6 +1,6 @@
 """What the norms' kernels move, rms_norm's and gated_rms_norm's; nothing is a product of matrices."""
 
-from seqzoo.benchmarks.shapes import Model, Pass, Rows
+from seqzoo.benchmarks.shapes import Model, Pass, Rows, cut
 
 
 def _least(s: Rows, gated: bool = False) -> list[Pass]:
@@ -16,9 +16,8 @@ def _least_backward(s: Rows, gated: bool = False) -> list[Pass]:
 
 
 def _ours_backward(s: Rows, gated: bool = False) -> list[Pass]:
-    """Each program writes its rows' share of the weight's gradient, in fp32: as sm_90's table cuts, BR at a time."""
-    BR = next(n for most, n in ((64, 16), (128, 8), (512, 4), (8192, 1)) if most >= s.W)
-    blocks = -(-s.n // BR)
+    """Each program writes its rows' share of the weight's gradient, in fp32; a block is as sm_90's table says."""
+    blocks = -(-s.n // cut("rms_norm", "backward", s.size, W=s.W)["BR"])
     programs = -(-blocks // -(-blocks // min(1024, 2**20 // s.W)))  # at most 1024, and 4 MiB
     shares = programs * s.W * 4
     return [

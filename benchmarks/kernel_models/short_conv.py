@@ -1,12 +1,12 @@
 """What short_conv's kernels move: no inputs before the first, no documents; nothing is a product of matrices.
 
 Backward has a gradient of the last inputs, too. A segment's program reads W - 1 tokens beside it once more, from the
-cache. As sm_90's table cuts for filters of up to 4 taps.
+cache. Segments are as long as sm_90's table says.
 """
 
 from typing import NamedTuple
 
-from seqzoo.benchmarks.shapes import Model, Pass
+from seqzoo.benchmarks.shapes import Model, Pass, cut
 
 
 class Conv(NamedTuple):
@@ -48,7 +48,7 @@ def _least_backward(s: Conv) -> list[Pass]:
 
 def _ours_backward(s: Conv) -> list[Pass]:
     """Each segment writes its share of the filters' gradient, in fp32."""
-    segments = s.B * -(-s.T // (64 if s.T <= 8192 else 256))
+    segments = s.B * -(-s.T // cut("short_conv", "backward", s.size, W=s.W, T=s.T)["S"])
     shares, whole = segments * s.W * s.C * 4, s.W * s.C * 4
     return [
         Pass("short_conv_backward", 3 * s.x + s.filters + s.past + shares),

@@ -7,7 +7,7 @@ beyond the diagonal are left out, but for backward's symmetric ones.
 
 from typing import NamedTuple
 
-from seqzoo.benchmarks.shapes import Model, Pass, Shape, per_token_and_head
+from seqzoo.benchmarks.shapes import Model, Pass, Shape, cut, per_token_and_head
 
 TILE = 128  # neurons of a step's program
 
@@ -22,7 +22,7 @@ class _Cut(NamedTuple):
 
 def _cut(s: Shape) -> _Cut:
     L = min(max(64, 2 << (max(16, s.V) - 1).bit_length()), 1024)
-    block = min(L, 128 if s.size == 2 else 64)
+    block = min(L, cut("strict_linear_attention", "scores", s.size, D=s.V)["BT"])
     return _Cut(L, -(-s.T // L), (L + block) / 2)
 
 
