@@ -120,6 +120,6 @@ def cut(op: str, kernel: str, size: int, **widths: int) -> dict[str, int]:
         return tuned(op, kernel, torch.device("meta"), {2: torch.bfloat16, 4: torch.float32}[size], **widths)
 
 
-def up(n: int, block: int) -> int:
+def up(n: float, block: int) -> float:
     """n in whole blocks."""
     return -(-n // block) * block

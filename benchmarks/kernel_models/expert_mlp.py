@@ -1,13 +1,13 @@
 """What expert_mlp's kernels move and multiply: rows sorted by expert, two grouped products, the gate between them.
 
-As many experts are hit as random choices would hit on average; each expert that is hit has whole tiles of rows. The
+As many experts are hit as random choices would hit on average, all of them equally often; widths are whole blocks. The
 products are torch's for bf16 on sm_90 and sm_100 (`seqzoo`), elsewhere ours (`in Triton`).
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from seqzoo.benchmarks.shapes import Model, Pass
+from seqzoo.benchmarks.shapes import Model, Pass, cut, up
 
 
 class Experts(NamedTuple):
@@ -77,13 +77,23 @@ def _collect(s: Experts) -> Pass:
     return Pass("collect_rows", s.wide + 4 * s.R + s.tokens)
 
 
+def _padded(s: Experts, name: str) -> float:
+    """Rows that are multiplied for each that there is: ours come in whole tiles of each expert's."""
+    if name.startswith("torch"):  # not known
+        return 1.0
+    kernel, block = {"product_rows": ("product", "BM"), "product_matrices": ("matrices", "BK")}[name]
+    return up(s.R / s.hit, cut("expert_mlp", kernel, s.size, width=max(s.D, 2 * s.I))[block]) * s.hit / s.R
+
+
 def _product(s: Experts, name: str, inside: int) -> Pass:
     """Between rows of width D and rows of `inside` times I, and where each expert's rows and tiles end."""
-    return Pass(name, s.wide + inside * (s.inside + s.hit * s.matrix) + 8 * s.E, inside * s.flops)
+    moved = s.wide + inside * (s.inside + s.hit * s.matrix) + 8 * s.E
+    return Pass(name, moved, inside * s.flops * _padded(s, name))
 
 
 def _matrices(s: Experts, name: str, inside: int) -> Pass:
-    return Pass(name, s.wide + inside * (s.inside + s.E * s.matrix) + 4 * s.E, inside * s.flops)
+    moved = s.wide + inside * (s.inside + s.E * s.matrix) + 4 * s.E
+    return Pass(name, moved, inside * s.flops * _padded(s, name))
 
 
 def _ours(product: str) -> Callable[[Experts], list[Pass]]:
