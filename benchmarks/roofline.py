@@ -6,7 +6,8 @@
 A pass takes at least the longer of its bytes over the memory's rate and its products over the matrix units' rate; one
 comes after another. `least` is the op itself: inputs and outputs moved once. A share is least's floor over a
 decomposition's: what it could reach of the chip's best if its kernels were perfect. Latency, launches and a chip that
-is not full come on top, which is why a published time stands beside where there is one.
+is not full come on top, which is why a published time stands beside where there is one. Ours has the blocks of sm_90's
+tables on every chip, and what `kernel_models/` says of an op: one part of a sequence, whole chunks, no documents.
 """
 
 import argparse

@@ -191,6 +191,7 @@ def as_in_bf16(s):
     return [("linear_attention", kernel, config | cut) for kernel, config in said.items() if s.size == 4]
 
 
+WIDE = Shape(1, 64, 1, 1, 128, 64, size=2, scratch=4)  # more slices of K than one
 PER_CHANNEL = "linear_attention by channel"
 ROWS = [
     Row(
@@ -198,7 +199,7 @@ ROWS = [
         tables=lambda s: [("gated_delta_rule", "chunk", {"C": 64})],
     ),
     Row("gated_delta_rule", ("step",), gated_delta_rule_step, STEPS),
-    Row("linear_attention", BOTH, recurrence(gpu_cases.linear_attention), CHUNKS, tables=as_in_bf16),
+    Row("linear_attention", BOTH, recurrence(gpu_cases.linear_attention), [*CHUNKS, WIDE], tables=as_in_bf16),
     Row("linear_attention", ("step",), linear_attention_step(), STEPS),
     Row(PER_CHANNEL, BOTH, recurrence(gpu_cases.linear_attention, 1), CHUNKS, tables=as_in_bf16),
     Row(PER_CHANNEL, ("step",), linear_attention_step("K"), STEPS),

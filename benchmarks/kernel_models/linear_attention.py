@@ -75,7 +75,7 @@ def _ours(s: Shape) -> list[Pass]:
 
 
 def _ours_backward(s: Shape) -> list[Pass]:
-    (q, k, v, g, memories), share = _parts(s), s.H / s.HV
+    (q, k, v, g, memories), share, slices = _parts(s), s.H / s.HV, _slices(s.K)
     return [
         Pass("states", q + k + v + s.values + 2 * g + 2 * memories + s.state * share, s.products(KV=1 + share)),
         Pass(
@@ -85,9 +85,10 @@ def _ours_backward(s: Shape) -> list[Pass]:
         ),
         Pass(
             "gradients",
-            2 * (q + k + g) + v + s.values + 2 * memories,
-            s.products(CK=3, CV=_slices(s.K), KV=1 + share),
+            2 * (q + k) + (1 + slices) * g + v + s.values + 2 * memories,
+            s.products(CK=3, CV=slices, KV=1 + share),
         ),
+        *([Pass("torch sum of slices", (slices + 1) * g)] if slices > 1 else []),
     ]
 
 
