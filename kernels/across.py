@@ -29,7 +29,8 @@ class Ranks(NamedTuple):
     size: int
 
 
-_split: Ranks | None = None  # a plain global, of the whole process
+_split: Ranks | None = None  # plain globals, of the whole process
+_pool: "dist.ProcessGroup | None" = None
 
 
 @contextmanager
@@ -124,6 +125,42 @@ def recurrence(
         before = memory_before(end, torch.matmul, transition)
         o = o + torch.einsum("bthr,bhrv->bthv", reads.to(dtype), before).to(o.dtype)
         return o, (end + transition @ before).view(B, H, *rows, V)
+
+
+@contextmanager
+def pool_counts(group: "dist.ProcessGroup | None") -> Iterator[None]:
+    """Inside, what a model counts over its tokens is counted over those of all the group's processes; None: its own."""
+    global _pool
+    before, _pool = _pool, group
+    try:
+        yield
+    finally:
+        _pool = before
+
+
+def pooled(counts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Sums over all ranks inside `pool_counts`, with gradients; else the very counts."""
+    flat = [x for block in counts for x in block.values()]
+    if _pool is None or not flat:
+        return counts
+    sizes = [x.numel() for x in flat]
+    sums = iter(_Sum.apply(torch.cat([x.flatten() for x in flat]), _pool).split(sizes))
+    return [{name: next(sums).clone().view_as(x) for name, x in block.items()} for block in counts]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: "dist.ProcessGroup") -> Tensor:
+        ctx.group = group
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, d: Tensor) -> tuple[Tensor, None]:
+        d = d.clone()
+        dist.all_reduce(d, group=ctx.group)
+        return d, None
 
 
 class _Gather(torch.autograd.Function):

@@ -243,8 +243,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(step, whole, monkeypatch, capsys):
 def test_a_checkpoint_is_read_once_to_go_on(whole, monkeypatch):
     model, folder, _ = whole
     start, hashed, opened = folder / "checkpoints" / "step-00000009", [], []
-    sha256, load_tensors = checkpoint_module._sha256, trainer_module.load_tensors
-    monkeypatch.setattr(checkpoint_module, "_sha256", lambda file: hashed.append(file) or sha256(file))
+    sha256, load_tensors = checkpoint_module.sha256, trainer_module.load_tensors
+    monkeypatch.setattr(checkpoint_module, "sha256", lambda file: hashed.append(file) or sha256(file))
     monkeypatch.setattr(trainer_module, "load_tensors", lambda path: opened.append(path) or load_tensors(path))
     run(folder.parent / "once", model=model, accumulate=2, resume=start)
     assert sorted(file for file in hashed if start in file.parents) == sorted(set(start.iterdir()) - {start / MANIFEST})

@@ -32,15 +32,18 @@ class Checkpoints:
     Args:
         folder: holds them; made when the first is saved.
         keep: how many of the newest that are whole to keep.
+        milestone: those of steps that are multiples of it are kept for good; None is no such step.
 
     Raises:
-        ValueError: keep below 1.
+        ValueError: keep or milestone below 1.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, milestone: int | None = None) -> None:
         if keep < 1:
             raise ValueError(f"trainer.keep: expected at least 1 checkpoint, got {keep}")
-        self.folder, self.keep = folder, keep
+        if milestone is not None and milestone < 1:
+            raise ValueError(f"trainer.milestone_every: expected at least 1 step or null, got {milestone}")
+        self.folder, self.keep, self.milestone = folder, keep, milestone
         self._whole: set[Path] = set()  # found so here: a content is hashed once, not at every save
 
     def save(self, step: int, write_model: Callable[[str], None], tensors: dict[str, Tensor], facts: dict) -> Path:
@@ -54,24 +57,40 @@ class Checkpoints:
         Raises:
             OSError: the disk is full or fails; the checkpoints that were there are untouched.
         """
-        final = self.folder / f"step-{step:08d}"
-        partial = final.with_name(final.name + PARTIAL)
+        partial, final = self.places(step)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for left_over in self.folder.glob(f"*{PARTIAL}"):
-                shutil.rmtree(left_over)
-            partial.mkdir()
+            self.open(partial)
             _write(partial, write_model, tensors, facts)
-            if final.exists():  # a damaged one, or it would have been resumed
-                os.replace(final, self.folder / f"damaged{PARTIAL}")
-            os.replace(partial, final)
-            _to_disk(self.folder)
+            self.commit(partial, final)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            self.drop(partial)
             raise
+        return final
+
+    def places(self, step: int) -> tuple[Path, Path]:
+        """Where the checkpoint of a step is written, and where it then stands."""
+        final = self.folder / f"step-{step:08d}"
+        return final.with_name(final.name + PARTIAL), final
+
+    def open(self, partial: Path) -> None:
+        """Make the folder to write into; what earlier crashes left is removed. Raises OSError."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left_over in self.folder.glob(f"*{PARTIAL}"):
+            shutil.rmtree(left_over)
+        partial.mkdir()
+
+    def commit(self, partial: Path, final: Path) -> None:
+        """Give what is sealed its name, then remove those beyond `keep`. Raises OSError."""
+        if final.exists():  # a damaged one, or it would have been resumed
+            os.replace(final, self.folder / f"damaged{PARTIAL}")
+        os.replace(partial, final)
+        _to_disk(self.folder)
         self._whole.add(final)
         self._remove_old()
-        return final
+
+    def drop(self, partial: Path) -> None:
+        """Away with what could not be written."""
+        shutil.rmtree(partial, ignore_errors=True)
 
     def all(self) -> list[Path]:
         """Oldest first, whole or not."""
@@ -100,6 +119,8 @@ class Checkpoints:
         whole = [path for path in found if self._is_whole(path)]
         oldest = whole[-self.keep :][0]
         for path in found[: found.index(oldest)]:
+            if self.milestone and int(path.name.removeprefix("step-")) % self.milestone == 0 and path in whole:
+                continue
             try:
                 shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL)))
             except OSError as error:
@@ -121,7 +142,7 @@ def damage_of(path: Path, *, content: bool = True) -> str | None:
                 return f"{name} is missing"
             if file.stat().st_size != expected["bytes"]:
                 return f"{name}: expected {expected['bytes']} bytes, got {file.stat().st_size}"
-            if content and _sha256(file) != expected["sha256"]:
+            if content and sha256(file) != expected["sha256"]:
                 return f"{name}: its content has changed"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
@@ -195,12 +216,20 @@ def _write(folder: Path, write_model: Callable[[str], None], tensors: dict[str, 
         save_file(tensors, folder / RUN_TENSORS)
     except SafetensorError as error:  # an input or output error in other clothes
         raise OSError(str(error)) from error
+    seal(folder, facts, {})
+
+
+def seal(folder: Path, facts: dict, known: dict[str, str]) -> None:
+    """Facts and manifest of a folder that has everything else, and all of it on the disk. Raises OSError.
+
+    `known`: checksums that are not to be taken again, by name.
+    """
     (folder / RUN_FACTS).write_text(json.dumps(facts))
     manifest = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         _to_disk(file)
         name = file.relative_to(folder).as_posix()
-        manifest[name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        manifest[name] = {"bytes": file.stat().st_size, "sha256": known.get(name) or sha256(file)}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     _to_disk(folder / MANIFEST)
     _to_disk(folder)
@@ -214,7 +243,8 @@ def _to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """Of its content, in hexadecimal. Raises OSError."""
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
         while block := stream.read(1 << 20):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import nn
 
 from seqzoo.data.packing import IGNORED, Batch
 from seqzoo.data.tokenizer import Tokenizer
+from seqzoo.training.parallel import Ranks
 
 
 def bits(nats: float, num_bytes: int) -> float:
@@ -18,13 +19,16 @@ def bits(nats: float, num_bytes: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], precision: AbstractContextManager) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], precision: AbstractContextManager, ranks: Ranks | None = None
+) -> dict[str, float]:
     """Cross-entropy alone, without what the parts add to the loss.
 
     Args:
         model: left as it was, in training or not.
         batches: at least one.
         precision: entered for each call of the model.
+        ranks: that share the work; None is this process alone.
 
     Returns:
         loss [nats/token], bits_per_byte.
@@ -33,11 +37,12 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], precision: AbstractCont
     model.eval()
     nats, targets, num_bytes = 0.0, 0, 0
     for batch in batches:
-        inputs = batch.inputs(next(model.parameters()).device)
+        inputs = (batch if ranks is None else ranks.mine(batch)).inputs(next(model.parameters()).device)
         labels = inputs.pop("shift_labels").flatten()
-        with precision:
+        with precision, nullcontext() if ranks is None else ranks.together():
             logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
-        nats += F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum").item()
+        lost = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+        nats += (lost if ranks is None else ranks.sum(lost)).item()
         targets, num_bytes = targets + batch.num_targets, num_bytes + batch.num_bytes
     model.train(was_training)
     return {"loss": nats / targets, "bits_per_byte": bits(nats, num_bytes)}

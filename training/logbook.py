@@ -55,6 +55,22 @@ class Logbook:
             self.wandb.finish()
 
 
+class Silence(Logbook):
+    """Of a process that leaves the writing to another."""
+
+    def __init__(self) -> None:
+        self.board = self.wandb = None
+
+    def write(self, split: str, step: int, **values: Any) -> None:
+        """Nothing."""
+
+    def to_disk(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def records(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; a last line that was cut off is none."""
     path, lines = folder / METRICS, []

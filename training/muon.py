@@ -12,8 +12,12 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from seqzoo.training.sharded import local, part_of, whole
 
 NS_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the polynomial a, b, c: steepest at zero
@@ -27,7 +31,8 @@ class Muon(torch.optim.Muon):
     """torch.optim.Muon for matrices [out, in] and for stacks of them [E, out, in], as experts have.
 
     torch's takes one matrix after the other. Here all matrices of one shape are one batched product, which for small
-    models is most of the optimizer's time saved.
+    models is most of the optimizer's time saved. Matrices that are cut over processes are put together, each process
+    makes some of them orthogonal, and all exchange the results; stacks, cut between matrices, need no exchange.
 
     Args:
         params: matrices and stacks of matrices, or groups of them.
@@ -82,23 +87,24 @@ class Muon(torch.optim.Muon):
         return loss
 
     def _step_group(self, group: dict, params: list[Tensor]) -> None:
-        grads = [p.grad for p in params]
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        grads, mine = [local(p.grad) for p in params], [local(p) for p in params]  # of a cut parameter, the part here
+        buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(mine, 1 - group["lr"] * group["weight_decay"])
         for places in _by_shape(params):
-            some = [updates[i] for i in places]
-            rows, columns = some[0].shape[-2:]
-            stacked = torch.cat([u.reshape(-1, rows, columns) for u in some])
-            directions = orthogonal(stacked, group["ns_steps"], group["eps"], _dtype(group["ns_dtype"], some[0].device))
-            pieces = directions.to(some[0].dtype).split([u.numel() // (rows * columns) for u in some])
-            pieces = [piece.view_as(u) for piece, u in zip(pieces, some, strict=True)]
+            rows, columns = params[places[0]].shape[-2:]
+            some = [_matrices(updates[i], params[i]) for i in places]
+            dtype = _dtype(group["ns_dtype"], some[0].device)
+            run = lambda x, dtype=dtype: orthogonal(x, group["ns_steps"], group["eps"], dtype)
+            directions = _dealt(torch.cat(some), params[places[0]], run).to(some[0].dtype)
+            pieces = directions.split([len(x) for x in some])
+            pieces = [_part(piece, params[i]).view_as(mine[i]) for piece, i in zip(pieces, places, strict=True)]
             step = group["lr"] * RATIOS[group["adjust_lr_fn"]](rows, columns)
-            torch._foreach_add_([params[i] for i in places], pieces, alpha=-step)
+            torch._foreach_add_([mine[i] for i in places], pieces, alpha=-step)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
@@ -121,7 +127,32 @@ def orthogonal(matrices: Tensor, steps: int, eps: float, dtype: torch.dtype) -> 
 
 
 def _by_shape(params: list[Tensor]) -> list[list[int]]:
+    """A stack of matrices that is cut over processes has whole ones on each: it is no one's to deal."""
     places = defaultdict(list)
     for i, p in enumerate(params):
-        places[p.shape[-2:], p.dtype, p.device].append(i)
+        places[p.shape[-2:], p.dtype, p.device, p.ndim if isinstance(p, DTensor) else 0].append(i)
     return list(places.values())
+
+
+def _matrices(update: Tensor, p: Tensor) -> Tensor:
+    """The matrices [n, out, in] of which an update has a part: itself, or of a matrix cut over processes all of it."""
+    return (whole(update, p) if p.ndim == 2 else update).reshape(-1, *p.shape[-2:])
+
+
+def _part(piece: Tensor, p: Tensor) -> Tensor:
+    """The part here of what `_matrices` gave."""
+    return part_of(piece[0], p) if p.ndim == 2 else piece
+
+
+def _dealt(stack: Tensor, p: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """`run` over matrices; where each of several processes has all of them, each takes some, and they exchange them."""
+    if not isinstance(p, DTensor) or p.ndim == 3:
+        return run(stack)
+    group = p.device_mesh.get_group(p.device_mesh.ndim - 1)
+    ranks = dist.get_world_size(group)
+    each = -(-len(stack) // ranks)
+    padded = torch.cat([stack, stack.new_zeros(each * ranks - len(stack), *stack.shape[1:])])
+    done = run(padded.split(each)[dist.get_rank(group)]).contiguous()
+    parts = [torch.empty_like(done) for _ in range(ranks)]
+    dist.all_gather(parts, done, group=group)
+    return torch.cat(parts)[: len(stack)]

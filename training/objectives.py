@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from seqzoo.data.packing import IGNORED
 from seqzoo.models.calls import mixer_calls
@@ -40,6 +41,8 @@ class Result(NamedTuple):
 class Objective(Protocol):
     name: str
     in_nats: bool
+    calls_model: bool  # by its own forward, as weights that are cut over processes need it
+    teacher: SeqZooForCausalLM | None
 
     def learns(self, name: str) -> bool: ...
 
@@ -49,7 +52,7 @@ class Objective(Protocol):
 class NextToken:
     """Cross-entropy of the next token, and what the blocks add to it."""
 
-    name, in_nats = "next_token", True
+    name, in_nats, calls_model, teacher = "next_token", True, True, None
 
     def learns(self, name: str) -> bool:
         return True
@@ -76,7 +79,7 @@ class Distil:
         ValueError: a teacher of another vocabulary, or numbers out of range.
     """
 
-    name, in_nats = "distil", True
+    name, in_nats, calls_model = "distil", True, True
 
     def __init__(
         self, model: SeqZooForCausalLM, *, teacher: str, temperature: float, weight: float, top: int | None,
@@ -150,7 +153,7 @@ class Align:
         ValueError: a teacher of another depth, width or vocabulary, or one whose mixers are all the student's.
     """
 
-    name, in_nats = "align", False
+    name, in_nats, calls_model = "align", False, False
 
     def __init__(self, model: SeqZooForCausalLM, *, teacher: str, precision: str) -> None:
         self.teacher = load_teacher(teacher, model, precision)
@@ -217,6 +220,7 @@ def _identity(teacher: SeqZooForCausalLM, top: int | None) -> str:
     """Of what predicts: the weights, and what is kept of a prediction."""
     digest = hashlib.sha256(teacher.config.to_json_string().encode())
     for name, x in teacher.state_dict().items():
+        x = x.full_tensor() if isinstance(x, DTensor) else x
         digest.update(name.encode() + x.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return f"{digest.hexdigest()} {top}"
 

@@ -11,12 +11,13 @@ class Progress:
     steps: of the run.
     done: steps that were done before.
     every: steps from line to line where there is no terminal.
+    quiet: say nothing, for another process does.
     """
 
-    def __init__(self, steps: int, done: int, every: int) -> None:
-        self.steps, self.first, self.every = steps, done, every
+    def __init__(self, steps: int, done: int, every: int, *, quiet: bool = False) -> None:
+        self.steps, self.first, self.every, self.quiet = steps, done, every, quiet
         self.seconds = 0.0
-        self.bar: Any = _bar() if sys.stdout.isatty() else None
+        self.bar: Any = _bar() if sys.stdout.isatty() and not quiet else None
 
     def __enter__(self) -> "Progress":
         if self.bar is not None:
@@ -37,7 +38,7 @@ class Progress:
         facts = f"loss {loss:.4f}  {bits}{tokens_per_second:,.0f} tokens/s"
         if self.bar is not None:
             self.bar.update(self.task, completed=step, facts=facts)
-        elif step % self.every == 0 or step == self.steps:
+        elif not self.quiet and (step % self.every == 0 or step == self.steps):
             left = self.seconds / (step - self.first) * (self.steps - step)
             print(f"step {step:,}/{self.steps:,}  {facts}  {_clock(left)} left", flush=True)
 
@@ -45,7 +46,7 @@ class Progress:
         """A line that stays, above the bar."""
         if self.bar is not None:
             self.bar.console.print(message, markup=False, highlight=False)
-        else:
+        elif not self.quiet:
             print(message, flush=True)
 
 

@@ -26,6 +26,7 @@ class Settings:
         validation_tokens: of a validation on the way, spread evenly over all.
         final_validation_bytes: of the validation set, which is all used at the end.
         keep: checkpoints to keep.
+        milestone_every: steps from one checkpoint that is kept for good to the next; None keeps the newest alone.
         resume: None starts, "auto" goes on from the run folder's newest checkpoint, a path from that one.
         tensorboard, wandb: whether to write there too.
         prompt, sample_tokens, temperature: of the text made at the end; 0 tokens make none.
@@ -49,6 +50,7 @@ class Settings:
     final_validation_bytes: int
     checkpoint_every: int
     keep: int
+    milestone_every: int | None
     resume: str | None
     tensorboard: bool
     wandb: bool
@@ -61,6 +63,8 @@ class Settings:
         for name in (*counts, "validation_tokens", "final_validation_bytes", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name}: expected at least 1, got {getattr(self, name)}")
+        if self.milestone_every is not None and self.milestone_every < 1:
+            raise ValueError(f"trainer.milestone_every: expected at least 1 or null, got {self.milestone_every}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"trainer.precision: expected one of {PRECISIONS}, got {self.precision!r}")
         if self.clip is not None and not self.clip > 0:

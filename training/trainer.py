@@ -22,10 +22,13 @@ from seqzoo.training.checkpoint import Checkpoints, load_facts, load_tensors, re
 from seqzoo.training.evaluate import bits, evaluate
 from seqzoo.training.logbook import Logbook
 from seqzoo.training.objectives import Objective
+from seqzoo.training.parallel import Ranks, norm_of
 from seqzoo.training.progress import Progress
 from seqzoo.training.schedules import Schedule
 from seqzoo.training.settings import Settings
+from seqzoo.training.sharded_checkpoint import Saving, Shards, is_sharded, load_optimizers, run_tensors
 from seqzoo.training.state import (
+    RNG,
     load_optimizer_tensors,
     load_random_state,
     optimizer_kinds,
@@ -48,6 +51,7 @@ class Trainer:
         folder: of the run.
         seed: of the order of the documents.
         objective: what is learned, see `training/objectives.py`.
+        ranks: the processes that train it together, see `training/parallel.py`.
     """
 
     def __init__(
@@ -62,18 +66,20 @@ class Trainer:
         *,
         seed: int,
         objective: Objective,
+        ranks: Ranks,
     ) -> None:
-        self.objective = objective
+        self.objective, self.ranks = objective, ranks
         self.model, self.tokenizer, self.optimizers, self.schedule = model, tokenizer, optimizers, schedule
         self.settings, self.folder = settings, folder
         length = settings.sequence_length
+        ranks.check(rows=settings.batch_size, length=length)
         self.batches = TrainingBatches(
             corpus.train, tokenizer, rows=settings.batch_size, length=length, seed=seed,
             shuffle_buffer=settings.shuffle_buffer,
         )  # fmt: skip
         limit = settings.final_validation_bytes
         self.validation = ValidationRows(corpus.validation, tokenizer, length=length, limit=limit)
-        self.checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
+        self.checkpoints = Checkpoints(folder / "checkpoints", settings.keep, settings.milestone_every)
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.step = self.skips = 0
@@ -81,11 +87,13 @@ class Trainer:
         self.seconds = 0.0  # spent in steps
         self.window = _new_window()
         self.last_good: Path | None = None
+        self.saving: Saving | None = None
         if settings.gradient_checkpointing:
             # transformers renamed it on the way to 6
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         if settings.compile:
-            model.compile()
+            for part in model.stack.blocks if ranks.sharded else [model]:  # between blocks weights are gathered
+                part.compile()
 
     def restore(self, path: Path) -> None:
         """Go on where a checkpoint stands; the model has its weights already.
@@ -93,12 +101,17 @@ class Trainer:
         Raises:
             ValueError: it is of another model, tokenizer, objective, optimizer or data.
         """
-        tensors, facts = load_tensors(path), load_facts(path)
+        facts = load_facts(path)
         then = facts.get("objective", "next_token")  # what there was before there were others
         if then != self.objective.name:
             raise ValueError(f"objective: expected that of {path}, {then}, got {self.objective.name}")
         self.batches.load_state_dict(facts["data"])
-        load_optimizer_tensors(self.model, self.optimizers, tensors, facts["optimizers"])
+        if is_sharded(path):
+            load_optimizers(path, self.model, self.optimizers, facts["optimizers"])
+            tensors = {name: Shards(path).read(name) for name in Shards(path).index if name.startswith(RNG)}
+        else:
+            tensors = load_tensors(path)
+            load_optimizer_tensors(self.model, self.optimizers, tensors, facts["optimizers"])
         self.step, self.tokens, self.seconds = facts["step"], facts["tokens"], facts["seconds"]
         self.skips, self.window, self.last_good = facts["skips"], facts["window"], path
         load_random_state(tensors, facts["random"])
@@ -121,7 +134,9 @@ class Trainer:
             self.window["seconds"] += seconds
             progress.step(self.step, seconds, **self._shown())
             out_of_time = settings.max_minutes is not None and time.monotonic() - began >= 60 * settings.max_minutes
-            ended = self.step >= settings.steps or stop.received is not None or out_of_time
+            asked, out_of_time = self.ranks.most(stop.received or 0, int(out_of_time))
+            stop.received = asked or stop.received
+            ended = self.step >= settings.steps or stop.received is not None or bool(out_of_time)
             if self.step % settings.log_every == 0 or self.step >= settings.steps:
                 self._log(logbook, record)
             if self.step % settings.validate_every == 0 and self.step < settings.steps:
@@ -129,6 +144,8 @@ class Trainer:
                 logbook.write("validation", self.step, tokens=self.tokens, **values)
                 progress.say(f"step {self.step:,}  validation {values['bits_per_byte']:.4f} bits/byte")
             due = self.step % settings.checkpoint_every == 0 and not self.skips  # else what is saved may be at fault
+            if self.saving is not None and not self.ranks.any(not self.saving.is_done()):
+                self._finish_saving(must=False)
             if ended or due:
                 logbook.to_disk()
                 self._save(must=ended)
@@ -138,15 +155,15 @@ class Trainer:
     def validate(self, tokens: int | None = None) -> dict[str, float]:
         """loss [nats/token] and bits_per_byte on the validation set, or on so many tokens of it."""
         batches = self.validation.batches(self.settings.batch_size, tokens)
-        return evaluate(self.model, batches, self._precision())
+        return evaluate(self.model, batches, self._precision(), self.ranks if self.ranks.sharded else None)
 
     def _step(self, progress: Progress) -> dict[str, Any]:
         """One optimizer step, or a skipped one; what there is to log of it."""
         factor = self.schedule(self.step)
         batches = [next(self.batches) for _ in range(self.settings.accumulate)]
         stats, nats, loss = self._backward(batches)
-        norm = torch.nn.utils.clip_grad_norm_(self.params, self.settings.clip or math.inf)
-        nats, loss, norm = torch.stack([nats, loss, norm]).tolist()
+        norm = norm_of(self.params, self.settings.clip or math.inf)
+        nats, loss, norm = (*self.ranks.sum(torch.stack([nats, loss])).tolist(), norm.item())
         self.step += 1
         read = sum(batch.num_targets for batch in batches)  # what only fills a row is no token
         self.tokens += read
@@ -173,10 +190,12 @@ class Trainer:
         model, device = self.model, self.params[0].device
         targets = sum(batch.num_targets for batch in batches)
         stats, nats, total = None, torch.zeros((), device=device), torch.zeros((), device=device)
-        for batch in batches:
-            with self._precision():
-                out = self.objective(model, batch.inputs(device), targets, stats)
-            out.loss.backward()
+        for i, batch in enumerate(batches):
+            self.ranks.sync_gradients(model, i + 1 == len(batches))
+            with self.ranks.together():
+                with self._precision():
+                    out = self.objective(model, self.ranks.mine(batch).inputs(device), targets, stats)
+                (out.loss * self.ranks.size if self.ranks.size > 1 else out.loss).backward()  # means are taken of them
             with torch.no_grad():
                 total += out.loss
                 nats += out.shown * targets
@@ -223,17 +242,41 @@ class Trainer:
             data=self.batches.state_dict(), random=generators, made_of=made_of(self.model.config, self.tokenizer),
             optimizers=optimizer_kinds(self.model, self.optimizers), objective=self.objective.name,
         )  # fmt: skip
+        if self.ranks.sharded:
+            if self.saving is not None:
+                self._finish_saving(must=False)
+            tensors |= run_tensors(self.model, self.optimizers)
+            whole = dict(rank=self.ranks.rank, writers=self.ranks.writers)
+            self.saving = Saving(self.checkpoints, self.step, tensors, facts, self._write_config, **whole)
+            if must:
+                self._finish_saving(must=True)
+            return
         tensors |= optimizer_tensors(self.model, self.optimizers)
         try:
             self.last_good = self.checkpoints.save(self.step, self._write_model, tensors, facts)
         except OSError as error:
-            message = f"no checkpoint of step {self.step} could be written ({error}); {self._saved()}"
-            if must:
-                raise RuntimeError(message) from error
-            log.warning(message)
+            self._not_saved(self.step, error, must=must)
+
+    def _finish_saving(self, *, must: bool) -> None:
+        saving, self.saving = self.saving, None
+        try:
+            self.last_good = saving.finish()
+        except OSError as error:
+            self._not_saved(saving.step, error, must=must)
+
+    def _not_saved(self, step: int, error: OSError, *, must: bool) -> None:
+        message = f"no checkpoint of step {step} could be written ({error}); {self._saved()}"
+        if must:
+            raise RuntimeError(message) from error
+        log.warning(message)
 
     def _write_model(self, folder: str) -> None:
         self.model.save_pretrained(folder)
+        self.tokenizer.save(folder)
+
+    def _write_config(self, folder: str) -> None:
+        self.model.config.save_pretrained(folder)
+        self.model.generation_config.save_pretrained(folder)
         self.tokenizer.save(folder)
 
     def _saved(self) -> str:

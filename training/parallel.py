@@ -1,0 +1,239 @@
+"""One run on many processes: which of them has what, and how they meet. Models know nothing of it.
+
+The processes that torchrun starts are a mesh of replicate x shard x sequence. A row of a batch is read by the processes
+of one (replicate, shard), a stretch of its tokens by each of their `sequence` ranks. Weights are cut over shard and
+sequence together (PyTorch's fully_shard, block by block), and copied over replicate. A micro-batch is the same rows,
+its loss the same sum over the same tokens, on any number of processes; so are the gradients, but for rounding.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from seqzoo.data.packing import IGNORED, Batch
+from seqzoo.kernels.across import pool_counts, split_sequence
+from seqzoo.models.causal_lm import SeqZooForCausalLM
+from seqzoo.training.sharded import fill
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The `parallel=` choices, all of them given in its YAML.
+
+    Attributes:
+        shard: processes that share one copy of the weights; None is all that are left.
+        replicate: copies of the weights.
+        sequence: processes over which every sequence is cut.
+        timeout_seconds: that a process waits for another.
+    """
+
+    shard: int | None
+    replicate: int
+    sequence: int
+    timeout_seconds: int
+
+    def __post_init__(self) -> None:
+        for name in ("shard", "replicate", "sequence", "timeout_seconds"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"parallel.{name}: expected a whole number, at least 1, got {value!r}")
+        if self.replicate is None or self.sequence is None or self.timeout_seconds is None:
+            raise ValueError("parallel: expected numbers for replicate, sequence and timeout_seconds, got null")
+
+    def sizes(self, processes: int) -> tuple[int, int, int]:
+        """Of the mesh: replicate, shard, sequence.
+
+        Raises:
+            ValueError: they do not make up the processes.
+        """
+        rest, over = divmod(processes, self.replicate * self.sequence)
+        shard = rest if self.shard is None else self.shard
+        if over or shard != rest:
+            raise ValueError(
+                f"parallel: expected replicate x shard x sequence to be the {processes} processes, "
+                f"got {self.replicate} x {self.shard} x {self.sequence}"
+            )
+        return self.replicate, shard, self.sequence
+
+
+class Ranks:
+    """This process among the others. Alone where torchrun has started none and the layout wants none.
+
+    Args:
+        layout: see there.
+        device: of this process, "cpu" or "cuda".
+
+    Raises:
+        ValueError: a layout that does not fit the number of processes.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.layout, self.device = layout, device
+        self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        self.sizes = layout.sizes(self.size)
+        self.sharded = layout.shard is None or self.size > 1
+        self.mesh: DeviceMesh | None = None
+        self.world = self.line = None
+        if not self.sharded:
+            return
+        if device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+        if not dist.is_initialized():
+            alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=layout.timeout_seconds), **alone)
+        self.mesh = init_device_mesh(device.type, self.sizes, mesh_dim_names=("replicate", "shard", "sequence"))
+        self.world = dist.group.WORLD
+        self.line = self.mesh.get_group("sequence") if layout.sequence > 1 else None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks for all."""
+        return self.rank == 0
+
+    @property
+    def writers(self) -> int:
+        """The first so many processes have all weights together."""
+        return self.sizes[1] * self.sizes[2]
+
+    @property
+    def readers(self) -> int:
+        """Parts that the rows of a batch are dealt into."""
+        return self.sizes[0] * self.sizes[1]
+
+    def check(self, *, rows: int, length: int) -> None:
+        """Raises ValueError: rows or tokens that cannot be dealt evenly; the message names the number to change."""
+        cuts = self.layout.sequence
+        if rows % self.readers:
+            raise ValueError(f"trainer.batch_size: expected a multiple of {self.readers}, replicate x shard, got {rows}")
+        if length % cuts:
+            raise ValueError(f"trainer.sequence_length: expected a multiple of parallel.sequence={cuts}, got {length}")
+
+    def agree(self, config: dict[str, Any]) -> None:
+        """Raises ValueError on every process: their configurations differ."""
+        if not self.sharded:
+            return
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, (digest, config))
+        others = [rank for rank, (other, _) in enumerate(found) if other != found[0][0]]
+        if others:
+            theirs = found[others[0]][1]
+            keys = sorted(key for key in theirs.keys() | found[0][1].keys() if theirs.get(key) != found[0][1].get(key))
+            raise ValueError(f"expected one configuration on all processes, got another on {others}, in {keys}")
+
+    def cut(self, model: SeqZooForCausalLM) -> SeqZooForCausalLM:
+        """Weights block by block over the mesh; where they are on the meta device, without values."""
+        if not self.sharded:
+            return model
+        weights = self.mesh["shard", "sequence"]._flatten("weights")
+        mesh = weights if self.sizes[0] == 1 else DeviceMesh.from_group(
+            [self.mesh.get_group("replicate"), weights.get_group()], self.device.type,
+            mesh=self.mesh.mesh.flatten(1), mesh_dim_names=("replicate", "weights"),
+        )  # fmt: skip
+        for block in model.stack.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
+
+    def mine(self, batch: Batch) -> Batch:
+        """Of a batch of all processes, this one's rows and stretch of tokens; rows that are missing are empty."""
+        if self.size == 1:
+            return batch
+        sequence, T = self.layout.sequence, batch.input_ids.shape[1]
+        rank, at = divmod(self.rank, sequence)
+        missing = -len(batch.input_ids) % self.readers
+        empty = batch.input_ids.new_zeros(missing, T)
+        ids, positions = torch.cat([batch.input_ids, empty]), torch.cat([batch.position_ids, empty + torch.arange(T)])
+        labels = torch.cat([batch.shift_labels, empty + IGNORED])
+        rows = len(ids) // self.readers
+        here = slice(rank * rows, (rank + 1) * rows), slice(at * T // sequence, (at + 1) * T // sequence)
+        parts = (x[here].contiguous() for x in (ids, positions, labels))
+        return Batch(*parts, batch.num_targets, batch.num_bytes)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around a model's call and its backward pass."""
+        with split_sequence(self.line), pool_counts(self.world if self.size > 1 else None):
+            yield
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Over all processes."""
+        if self.size > 1:
+            x = x.clone()
+            dist.all_reduce(x)
+        return x
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any process."""
+        return bool(self.sum(torch.tensor(float(here), device=self.device)).item()) if self.size > 1 else here
+
+    def most(self, *numbers: int) -> tuple[int, ...]:
+        """The largest of each over all processes."""
+        if self.size == 1:
+            return numbers
+        found = torch.tensor(numbers, device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return tuple(found.tolist())
+
+    def say(self, find: Callable[[], Any]) -> Any:
+        """What the first process finds, on all of them. Raises ValueError on all: it raised one."""
+        if self.size == 1:
+            return find()
+        told: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                told[0] = find()
+            except ValueError as error:
+                told[1] = str(error)
+        dist.broadcast_object_list(told)
+        if told[1] is not None:
+            raise ValueError(told[1])
+        return told[0]
+
+    def sync_gradients(self, model: nn.Module, last: bool) -> None:
+        """Before each backward pass: only the last of a step's exchanges gradients."""
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+
+    def close(self) -> None:
+        if self.sharded and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def norm_of(params: list[Tensor], limit: float) -> Tensor:
+    """Clip the gradients to a norm over all processes -> the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(params, limit)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def first_weights(model: SeqZooForCausalLM, device: torch.device, seed: int) -> None:
+    """The weights of a new model that is on the meta device and cut: the same on any number of processes.
+
+    A unit (a block, or what is the model's own) is drawn whole, from a generator that its name and the seed say, and
+    each process keeps its parts: none ever holds more than one unit whole.
+    """
+    model.to_empty(device=device)
+    with torch.random.fork_rng(devices=[]):
+        for name, unit in [*((f"block {i}", block) for i, block in enumerate(model.stack.blocks)), ("model", model)]:
+            torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            inside = () if unit is not model else tuple(model.stack.blocks)
+            fill(unit, model._init_weights, leave_out=inside)
+    model.tie_weights()
