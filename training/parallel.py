@@ -96,9 +96,12 @@ class Ranks:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
-            alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+            timeout = timedelta(seconds=layout.timeout_seconds)
+            store = next(dist.rendezvous("env://", timeout=timeout))[0] if "RANK" in os.environ else dist.HashStore()
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # addresses of those before it are of the dead
+            store = dist.PrefixStore(f"attempt {attempt}", store)
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=layout.timeout_seconds), **alone)
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=self.rank, world_size=self.size)
         self.mesh = init_device_mesh(device.type, self.sizes, mesh_dim_names=("replicate", "shard", "sequence"))
         self.world = dist.group.WORLD
         self.line = self.mesh.get_group("sequence") if layout.sequence > 1 else None
@@ -122,9 +125,9 @@ class Ranks:
         """Raises ValueError: rows or tokens that cannot be dealt evenly; the message names the number to change."""
         cuts = self.layout.sequence
         if rows % self.readers:
-            raise ValueError(f"trainer.batch_size: expected a multiple of {self.readers}, replicate x shard, got {rows}")
+            raise ValueError(f"trainer.batch_size: expected a multiple of replicate x shard={self.readers}, got {rows}")
         if length % cuts:
-            raise ValueError(f"trainer.sequence_length: expected a multiple of parallel.sequence={cuts}, got {length}")
+            raise ValueError(f"trainer.sequence_length: expected a multiple of sequence={cuts}, got {length}")
 
     def agree(self, config: dict[str, Any]) -> None:
         """Raises ValueError on every process: their configurations differ."""
@@ -207,6 +210,11 @@ class Ranks:
         if told[1] is not None:
             raise ValueError(told[1])
         return told[0]
+
+    def settle(self, model: nn.Module) -> None:
+        """After a call without a backward pass, which leaves some weights whole: cut again, under their own names."""
+        if isinstance(model, FSDPModule):
+            model.reshard()
 
     def sync_gradients(self, model: nn.Module, last: bool) -> None:
         """Before each backward pass: only the last of a step's exchanges gradients."""

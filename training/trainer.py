@@ -155,7 +155,9 @@ class Trainer:
     def validate(self, tokens: int | None = None) -> dict[str, float]:
         """loss [nats/token] and bits_per_byte on the validation set, or on so many tokens of it."""
         batches = self.validation.batches(self.settings.batch_size, tokens)
-        return evaluate(self.model, batches, self._precision(), self.ranks if self.ranks.sharded else None)
+        values = evaluate(self.model, batches, self._precision(), self.ranks if self.ranks.sharded else None)
+        self.ranks.settle(self.model)
+        return values
 
     def _step(self, progress: Progress) -> dict[str, Any]:
         """One optimizer step, or a skipped one; what there is to log of it."""

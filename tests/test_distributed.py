@@ -1,0 +1,149 @@
+"""A run on many processes is the run on one: losses, checkpoints, and what is left after a process is killed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import HYBRID, options, written
+from safetensors.torch import load_file
+
+from seqzoo.training.checkpoint import damage_of
+from seqzoo.training.sharded_checkpoint import Shards
+
+WORKER = Path(__file__).parent / "ranks_worker.py"
+SINKS = [
+    "model=spikingbrain_parallel_nano", "model.hidden_size=16", "model.channels.moe.num_experts=4",
+    "model.channels.moe.expert_width=8", "model.channels.mlp.width=24",
+]  # fmt: skip
+KIMI = ["model=kimi_linear_nano", "model.hidden_size=16", "model.channels.moe.num_experts=4"]
+MODELS = {"hybrid": HYBRID, "sinks": SINKS, "kimi": KIMI}
+STEPS = dict(steps=6, batch_size=4, sequence_length=24, log_every=1, validate_every=3, checkpoint_every=2, keep=9)
+ADAMW = ["optimizer=adamw", "optimizer.lr=0.001"]  # Muon makes much of what is little, and so of rounding
+NEAR = 1e-5
+
+
+def job(folder, *more, model="hybrid", parallel="fsdp", optimizer=ADAMW, facts=None, **trainer):
+    numbers = STEPS | dict(sample_tokens=0) | trainer
+    overrides = options(folder, *optimizer, f"parallel={parallel}", *more, model=MODELS[model], **numbers)
+    return dict(folder=str(folder), overrides=overrides, **(facts or {}))
+
+
+def launch(ranks, jobs, folder, restarts=0):
+    """The processes' output, where all went well."""
+    file = folder / f"jobs-{ranks}.json"
+    file.write_text(json.dumps(jobs))
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=127.0.0.1:0", f"--max-restarts={restarts}", str(WORKER), str(file)]
+    command = [str(WORKER), str(file)] if ranks == 1 else command
+    here = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], env=here, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-20000:]
+    return done.stdout + done.stderr
+
+
+def losses(folder):
+    return {(line["split"], line["step"]): line["loss"] for line in written(folder)}
+
+
+def assert_same_losses(folder, expected):
+    found = losses(folder)
+    assert found.keys() == expected.keys()
+    for key, loss in expected.items():
+        assert found[key] == pytest.approx(loss, abs=NEAR), key
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def alone(home):
+    """The runs on one process."""
+    jobs = [job(home / f"{model}-1", model=model) for model in MODELS]
+    jobs += [job(home / "muon-1", optimizer=["optimizer.ns_dtype=float32"], steps=2)]
+    jobs += [job(home / "two-1", accumulate=2, batch_size=2, shuffle_buffer=4)]
+    launch(1, jobs, home)
+    return home
+
+
+def test_two_processes(alone, tmp_path):
+    """Weights cut, copies, sequences cut; Muon; micro-batches; and what is refused before the first step."""
+    home = alone
+    jobs = [job(home / f"{model}-2", model=model) for model in MODELS]
+    jobs += [job(home / f"{model}-context", model=model, parallel="context") for model in MODELS]
+    jobs += [job(home / "hybrid-copies", "parallel.shard=1", parallel="hsdp")]
+    jobs += [job(home / "muon-2", optimizer=["optimizer.ns_dtype=float32"], steps=2)]
+    jobs += [job(home / "two-2", accumulate=2, batch_size=2, shuffle_buffer=4)]
+    refused = {
+        "expected one configuration on all processes, got another on [1], in ['seed']": (["seed=1"], {}, {}),
+        "trainer.batch_size: expected a multiple of replicate x shard=2, got 3": ([], dict(batch_size=3), {}),
+        "trainer.sequence_length: expected a multiple of sequence=2, got 25": (
+            [], dict(sequence_length=25), dict(parallel="context"),
+        ),
+        "parallel: expected replicate x shard x sequence to be the 2 processes, got 2 x None x 2": (
+            [], {}, dict(parallel="context"),
+        ),
+    }  # fmt: skip
+    for i, (said, (first, trainer, how)) in enumerate(refused.items()):
+        more = ["parallel.replicate=2"] if "to be the 2" in said else []
+        jobs += [job(home / f"refused-{i}", *more, facts=dict(fails=said, alone=first), **how, **trainer)]
+    launch(2, jobs, home)
+    for model in MODELS:
+        for name in (f"{model}-2", f"{model}-context"):
+            assert_same_losses(home / name, losses(home / f"{model}-1"))
+    for name in ("hybrid-copies",):
+        assert_same_losses(home / name, losses(home / "hybrid-1"))
+    assert_same_losses(home / "muon-2", losses(home / "muon-1"))
+    assert_same_losses(home / "two-2", losses(home / "two-1"))
+    one, two = (Shards(home / f"hybrid-{n}" / "checkpoints" / "step-00000002") for n in (1, 2))
+    assert one.index.keys() == two.index.keys()
+    assert {part["file"] for entry in two.index.values() for part in entry["parts"]} == {
+        f"shards/rank-0000{rank}.safetensors" for rank in (0, 1)
+    }
+    for name in one.index:
+        torch.testing.assert_close(two.read(name), one.read(name), atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_another_number_of_processes_goes_on(alone):
+    """A checkpoint of one process goes on in four (copies and cut sequences), theirs in one, with the same losses."""
+    home, expected = alone, losses(alone / "hybrid-1")
+    last = home / "hybrid-1" / "checkpoints"
+
+    def from_step(name, source, step):
+        """A run folder that stands at a step."""
+        folder = home / name
+        (folder / "checkpoints").mkdir(parents=True)
+        shutil.copytree(source / f"step-{step:08d}", folder / "checkpoints" / f"step-{step:08d}")
+        return folder
+
+    layouts = dict(cut="hsdp", stretches="context")
+    jobs = [job(from_step(f"four-{n}", last, 2), parallel=p, resume="auto") for n, p in layouts.items()]
+    launch(4, jobs, home)
+    after = {key: loss for key, loss in expected.items() if key[1] > 2}
+    for name in layouts:
+        assert_same_losses(home / f"four-{name}", after)
+    theirs = home / "four-cut" / "checkpoints"
+    launch(1, [job(from_step("one-again", theirs, 4), resume="auto")], home)
+    assert_same_losses(home / "one-again", {key: loss for key, loss in expected.items() if key[1] > 4})
+
+
+def test_processes_are_killed(alone):
+    """In a step and while a checkpoint is written: torchrun starts all again, and no batch is lost or read twice."""
+    moments = [["step", 3], ["save", 6]]
+    (alone / "killed").mkdir()
+    jobs = [job(alone / "killed" / "run", resume="auto", steps=8, checkpoint_every=2, facts=dict(die=moments))]
+    said = launch(2, jobs, alone, restarts=3)
+    assert {path.name for path in (alone / "killed").glob("died-*")} == {"died-step-3", "died-save-6"}, said
+    launch(2, [job(alone / "whole", steps=8, checkpoint_every=2)], alone)
+    assert written(alone / "killed" / "run") == written(alone / "whole")
+    whole, killed = (alone / x / "checkpoints" / "step-00000008" for x in ("whole", "killed/run"))
+    assert damage_of(killed) is None and json.loads((killed / "training.json").read_text())["step"] == 8
+    for file in ("rank-00000.safetensors", "rank-00001.safetensors"):
+        ours, theirs = (load_file(folder / "shards" / file) for folder in (killed, whole))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs if not name.startswith("rng/"))
