@@ -29,7 +29,8 @@ NEAR = 1e-5
 
 def job(folder, *more, model="hybrid", parallel="fsdp", optimizer=ADAMW, facts=None, **trainer):
     numbers = STEPS | dict(sample_tokens=0) | trainer
-    overrides = options(folder, *optimizer, f"parallel={parallel}", *more, model=MODELS[model], **numbers)
+    more = more if any(x.startswith("parallel=") for x in more) else (f"parallel={parallel}", *more)
+    overrides = options(folder, *optimizer, *more, model=MODELS[model], **numbers)
     return dict(folder=str(folder), overrides=overrides, **(facts or {}))
 
 
@@ -73,32 +74,37 @@ def alone(home):
 
 
 def test_two_processes(alone, tmp_path):
-    """Weights cut, copies, sequences cut; Muon; micro-batches; and what is refused before the first step."""
+    """Weights cut, copies, sequences cut, experts apart; Muon; micro-batches; and what is refused before the start."""
     home = alone
     jobs = [job(home / f"{model}-2", model=model) for model in MODELS]
     jobs += [job(home / f"{model}-context", model=model, parallel="context") for model in MODELS]
     jobs += [job(home / "hybrid-copies", "parallel.shard=1", parallel="hsdp")]
+    jobs += [job(home / "hybrid-experts", parallel="expert")]
+    jobs += [job(home / "sinks-experts", "parallel.sequence=2", model="sinks", parallel="expert")]
     jobs += [job(home / "muon-2", optimizer=["optimizer.ns_dtype=float32"], steps=2)]
     jobs += [job(home / "two-2", accumulate=2, batch_size=2, shuffle_buffer=4)]
     refused = {
         "expected one configuration on all processes, got another on [1], in ['seed']": (["seed=1"], {}, {}),
         "trainer.batch_size: expected a multiple of replicate x shard=2, got 3": ([], dict(batch_size=3), {}),
+        "parallel.expert_parallel: expected a multiple of shard x sequence=2 experts, got 3": (
+            ["model.channels.moe.num_experts=3"], {}, dict(parallel="expert"),
+        ),
         "trainer.sequence_length: expected a multiple of sequence=2, got 25": (
             [], dict(sequence_length=25), dict(parallel="context"),
         ),
         "parallel: expected replicate x shard x sequence to be the 2 processes, got 2 x None x 2": (
-            [], {}, dict(parallel="context"),
+            ["parallel.replicate=2"], {}, dict(parallel="context"),
         ),
     }  # fmt: skip
-    for i, (said, (first, trainer, how)) in enumerate(refused.items()):
-        more = ["parallel.replicate=2"] if "to be the 2" in said else []
-        jobs += [job(home / f"refused-{i}", *more, facts=dict(fails=said, alone=first), **how, **trainer)]
+    for i, (said, (more, trainer, how)) in enumerate(refused.items()):
+        facts = dict(fails=said, alone=more if more == ["seed=1"] else [])
+        jobs += [job(home / f"refused-{i}", *([] if facts["alone"] else more), facts=facts, **how, **trainer)]
     launch(2, jobs, home)
     for model in MODELS:
         for name in (f"{model}-2", f"{model}-context"):
             assert_same_losses(home / name, losses(home / f"{model}-1"))
-    for name in ("hybrid-copies",):
-        assert_same_losses(home / name, losses(home / "hybrid-1"))
+    for name in ("hybrid-copies", "hybrid-experts", "sinks-experts"):
+        assert_same_losses(home / name, losses(home / f"{name.partition('-')[0]}-1"))
     assert_same_losses(home / "muon-2", losses(home / "muon-1"))
     assert_same_losses(home / "two-2", losses(home / "two-1"))
     one, two = (Shards(home / f"hybrid-{n}" / "checkpoints" / "step-00000002") for n in (1, 2))
@@ -122,8 +128,9 @@ def test_another_number_of_processes_goes_on(alone):
         shutil.copytree(source / f"step-{step:08d}", folder / "checkpoints" / f"step-{step:08d}")
         return folder
 
-    layouts = dict(cut="hsdp", stretches="context")
-    jobs = [job(from_step(f"four-{n}", last, 2), parallel=p, resume="auto") for n, p in layouts.items()]
+    layouts = dict(cut=["parallel=hsdp"], stretches=["parallel=context"])
+    layouts |= dict(experts=["parallel=expert", "parallel.replicate=2", "parallel.sequence=2"])
+    jobs = [job(from_step(f"four-{n}", last, 2), *more, resume="auto") for n, more in layouts.items()]
     launch(4, jobs, home)
     after = {key: loss for key, loss in expected.items() if key[1] > 2}
     for name in layouts:

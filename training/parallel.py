@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from seqzoo.data.packing import IGNORED, Batch
 from seqzoo.kernels.across import pool_counts, split_sequence
@@ -40,12 +40,15 @@ class Layout:
         shard: processes that share one copy of the weights; None is all that are left.
         replicate: copies of the weights.
         sequence: processes over which every sequence is cut.
+        expert_parallel: experts stay where they are, shard x sequence processes having some of them each, and tokens go
+            to them; else the experts' weights are gathered as all others are.
         timeout_seconds: that a process waits for another.
     """
 
     shard: int | None
     replicate: int
     sequence: int
+    expert_parallel: bool
     timeout_seconds: int
 
     def __post_init__(self) -> None:
@@ -53,6 +56,8 @@ class Layout:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"parallel.{name}: expected a whole number, at least 1, got {value!r}")
+        if not isinstance(self.expert_parallel, bool):
+            raise ValueError(f"parallel.expert_parallel: expected true or false, got {self.expert_parallel!r}")
         if self.replicate is None or self.sequence is None or self.timeout_seconds is None:
             raise ValueError("parallel: expected numbers for replicate, sequence and timeout_seconds, got null")
 
@@ -111,6 +116,17 @@ class Ranks:
         """Whether this process speaks for all."""
         return self.rank == 0
 
+    def finish_gradients(self, model: nn.Module) -> None:
+        """After a step's last backward pass: experts that stay where they are know of their own copy's tokens alone."""
+        for module in model.modules() if self.layout.expert_parallel and self.size > 1 else ():
+            for name in getattr(module, "BY_EXPERT", ()):
+                grad = getattr(module, name).grad
+                if grad is not None:
+                    here = grad.to_local()
+                    here /= self.size  # the others' are means over all processes
+                    if self.sizes[0] > 1:
+                        dist.all_reduce(here, group=self.mesh.get_group("replicate"))
+
     @property
     def writers(self) -> int:
         """The first so many processes have all weights together."""
@@ -151,10 +167,28 @@ class Ranks:
             [self.mesh.get_group("replicate"), weights.get_group()], self.device.type,
             mesh=self.mesh.mesh.flatten(1), mesh_dim_names=("replicate", "weights"),
         )  # fmt: skip
+        apart = self._cut_experts(model, mesh) if self.layout.expert_parallel else set()
         for block in model.stack.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+            fully_shard(block, mesh=mesh, ignored_params=apart)
+        fully_shard(model, mesh=mesh, ignored_params=apart)
         return model
+
+    def _cut_experts(self, model: SeqZooForCausalLM, mesh: DeviceMesh) -> set[nn.Parameter]:
+        """Stacks of experts, of which this process keeps some. Raises ValueError: a number that cannot be dealt."""
+        placements, apart = [*[Replicate()] * (mesh.ndim - 1), Shard(0)], set()
+        for module in model.modules():
+            for name in getattr(module, "BY_EXPERT", ()):
+                x = getattr(module, name)
+                if len(x) % self.writers:
+                    raise ValueError(
+                        f"parallel.expert_parallel: expected a multiple of shard x sequence={self.writers} experts, "
+                        f"got {len(x)}"
+                    )
+                here = x.detach().chunk(self.writers)[self.rank % self.writers].clone()
+                cut = DTensor.from_local(here, mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
+                setattr(module, name, nn.Parameter(cut, requires_grad=x.requires_grad))
+                apart.add(getattr(module, name))
+        return apart
 
     def mine(self, batch: Batch) -> Batch:
         """Of a batch of all processes, this one's rows and stretch of tokens; rows that are missing are empty."""

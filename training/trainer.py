@@ -164,6 +164,7 @@ class Trainer:
         factor = self.schedule(self.step)
         batches = [next(self.batches) for _ in range(self.settings.accumulate)]
         stats, nats, loss = self._backward(batches)
+        self.ranks.finish_gradients(self.model)
         norm = norm_of(self.params, self.settings.clip or math.inf)
         nats, loss, norm = (*self.ranks.sum(torch.stack([nats, loss])).tolist(), norm.item())
         self.step += 1

@@ -3,9 +3,11 @@
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from seqzoo.kernels.dispatch import choose
 from seqzoo.kernels.expert_mlp import gpu, native
+from seqzoo.kernels.expert_mlp.exchange import expert_mlp_exchanged
 from seqzoo.kernels.expert_mlp.grouped import expert_mlp_grouped
 from seqzoo.kernels.expert_mlp.reference import Hidden, expert_mlp_reference
 
@@ -32,7 +34,8 @@ def expert_mlp(
         chosen: which expert, 0 to E-1, each of a token's k slots goes to; a repeated one counts twice.
         weight: of each slot's output, in any floating dtype.
         gate_up: each expert's gate matrix (rows 0 to I-1) and up matrix (rows I to 2I-1), in x's dtype.
-        down: each expert's output matrix, in x's dtype.
+        down: each expert's output matrix, in x's dtype. Where both are cut over processes, between experts, tokens
+            go there and come back (`exchange.py`).
         hidden: applied row by row to what stands between the matrices, [rows, I], as a quantiser; backends reference
             and torch.
 
@@ -51,6 +54,8 @@ def expert_mlp(
     for name, given in dict(gate_up=gate_up, down=down).items():
         if given.dtype != x.dtype:
             raise ValueError(f"expert_mlp: {name}: expected x's dtype {x.dtype}, got {given.dtype}")
+    if isinstance(gate_up, DTensor):
+        return expert_mlp_exchanged(expert_mlp, x, chosen, weight, gate_up, down, hidden)
     runs = dict(cpp=lambda: native.runs(x), triton=lambda: gpu.runs(x, chosen))
     able = lambda name: hidden is None and runs[name]()
     name = choose(BACKENDS, tokens=chosen.numel(), device=x.device, able=able)

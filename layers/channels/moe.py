@@ -42,6 +42,7 @@ class MoE(nn.Module):
         ValueError: a size or a rate out of its range.
     """
 
+    BY_EXPERT = ("gate_up_proj", "down_proj")  # stacks of experts, which may be cut over processes between experts
     SPIKES = {"gate_up_proj": "input_spikes", "down_proj": "hidden_spikes"}  # where an own matrix's input is spiked
 
     def __init__(

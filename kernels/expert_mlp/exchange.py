@@ -1,0 +1,65 @@
+"""Experts that are cut over processes: tokens go to the experts that they chose, and what these say comes back.
+
+Every process has whole experts, E / ranks of them in the order of ranks, and tokens of its own; none is dropped,
+whatever the load. One exchange there, one back, and the same two in reverse for gradients.
+Source: Lepikhin et al. 2020, arXiv 2006.16668, without its capacity.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from seqzoo.kernels.expert_mlp.reference import Hidden
+
+
+def expert_mlp_exchanged(
+    run: Callable[..., Tensor], x: Tensor, chosen: Tensor, weight: Tensor, gate_up: DTensor, down: DTensor,
+    hidden: Hidden | None,
+) -> Tensor:  # fmt: skip
+    """Same as `expert_mlp`; `run` is that op, for whole experts.
+
+    Raises:
+        ValueError: experts that the processes cannot share evenly.
+    """
+    group = gate_up.device_mesh.get_group(gate_up.device_mesh.ndim - 1)
+    ranks, E, (N, k) = dist.get_world_size(group), gate_up.shape[0], chosen.shape
+    if E % ranks:
+        raise ValueError(f"expert_mlp: gate_up: expected a multiple of {ranks} experts, for so many processes, got {E}")
+    gate_up, down = gate_up.to_local(), down.to_local()
+    owner = (chosen // (E // ranks)).flatten()
+    order = owner.argsort(stable=True)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=x.device))
+    sent = torch.bincount(owner, minlength=ranks)
+    due = torch.empty_like(sent)
+    dist.all_to_all_single(due, sent, group=group)
+    out, back = sent.tolist(), due.tolist()
+    local = (chosen % (E // ranks)).flatten()[order]
+    which = local.new_empty(sum(back))
+    dist.all_to_all_single(which, local, back, out, group=group)
+    rows = _Exchange.apply(x[order // k], out, back, group)
+    said = run(rows, which[:, None], rows.new_ones(len(rows), 1), gate_up, down, hidden)
+    said = _Exchange.apply(said, back, out, group)[place].view(N, k, -1)
+    return (said * weight[..., None]).sum(1).to(x.dtype)
+
+
+class _Exchange(torch.autograd.Function):
+    """rows, so many of them for each process -> those that each process has for this one."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, out: list[int], back: list[int], group: "dist.ProcessGroup") -> Tensor:
+        ctx.how = out, back, group
+        return _exchanged(rows, out, back, group)
+
+    @staticmethod
+    def backward(ctx, d: Tensor) -> tuple[Tensor | None, ...]:
+        out, back, group = ctx.how
+        return _exchanged(d, back, out, group), None, None, None
+
+
+def _exchanged(rows: Tensor, out: list[int], back: list[int], group: "dist.ProcessGroup") -> Tensor:
+    found = rows.new_empty(sum(back), rows.shape[1])
+    dist.all_to_all_single(found, rows.contiguous(), back, out, group=group)
+    return found
