@@ -1,0 +1,1 @@
+from seqzoo.kernels.linear_cross_entropy.op import linear_cross_entropy
