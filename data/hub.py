@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-from seqzoo.data.source import Corpus, Position, Share
+from seqzoo.data.source import Corpus, Position, Share, TextSource
 
 
-class HubDocuments:
+class HubDocuments(TextSource):
     """One split, example after example.
 
     Args:

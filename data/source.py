@@ -1,20 +1,71 @@
 """Where documents come from, and how they are dealt to training and validation."""
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
+from seqzoo.data.tokenizer import Tokenizer
+
 Position = Any  # what JSON can hold: where a source stands; None is its beginning
+
+
+class Document(Protocol):
+    """Tokens whose number is known before they are read.
+
+    Attributes:
+        num_tokens: without marks.
+        num_bytes: of the text that they stand for.
+    """
+
+    num_tokens: int
+    num_bytes: int
+
+    def ids(self, first: int, last: int) -> np.ndarray:
+        """The tokens from `first` up to `last`, [last - first], of an integer kind."""
+
+    def text(self) -> bytes:
+        """What the tokens stand for. Raises ValueError: it was not kept."""
 
 
 class Source(Protocol):
     """Documents in a fixed order, from any place on."""
 
-    def read(self, position: Position = None) -> Iterator[tuple[bytes, Position]]:
+    @abstractmethod
+    def documents(self, tokenizer: Tokenizer, position: Position = None) -> Iterator[tuple[Document, Position]]:
         """One pass from `position` to the end: each document, and the position after it."""
 
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """What must not change for a position to keep its meaning; plain JSON."""
+
+
+class TextSource(Source, Protocol):
+    """Documents that are text; a tokenizer makes ids of them as they are read."""
+
+    @abstractmethod
+    def read(self, position: Position = None) -> Iterator[tuple[bytes, Position]]:
+        """One pass from `position` to the end: each document's text, and the position after it."""
+
+    def documents(self, tokenizer: Tokenizer, position: Position = None) -> Iterator[tuple[Document, Position]]:
+        for text, after in self.read(position):
+            yield Read(text, tokenizer), after
+
+
+class Read:
+    """A document in memory."""
+
+    def __init__(self, text: bytes, tokenizer: Tokenizer) -> None:
+        self._text, self._ids = text, tokenizer.encode(text).numpy().astype(np.int32)  # half of what a batch takes
+        self.num_tokens, self.num_bytes = len(self._ids), len(text)
+
+    def ids(self, first: int, last: int) -> np.ndarray:
+        return self._ids[first:last]
+
+    def text(self) -> bytes:
+        return self._text
 
 
 class Corpus(NamedTuple):
@@ -24,7 +75,7 @@ class Corpus(NamedTuple):
     validation: Source
 
 
-class Share:
+class Share(TextSource):
     """The documents of a source that a hash of their content deals to one side.
 
     Args:
@@ -33,7 +84,7 @@ class Share:
         validation: whether this is the validation side.
     """
 
-    def __init__(self, source: Source, share: float, *, validation: bool) -> None:
+    def __init__(self, source: TextSource, share: float, *, validation: bool) -> None:
         self.source, self.share, self.validation = source, check_share(share), validation
 
     def read(self, position: Position = None) -> Iterator[tuple[bytes, Position]]:

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from seqzoo.data.source import Corpus, Position, check_share, is_validation
+from seqzoo.data.source import Corpus, Position, TextSource, check_share, is_validation
 
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
-class Folder:
+class Folder(TextSource):
     """Files as documents, one each, in the order of their names.
 
     Args:

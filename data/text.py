@@ -7,13 +7,13 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from seqzoo.data.source import Corpus, Position, Share
+from seqzoo.data.source import Corpus, Position, Share, TextSource
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 HANDLERS = {"strict": "strict", "replace": "replace", "bytes": "surrogateescape"}  # surrogates carry the raw bytes
 
 
-class TextFiles:
+class TextFiles(TextSource):
     """The documents of some files, file after file. A position is [file, byte offset or row in it].
 
     A .jsonl line or a .parquet row is a document. A .txt file is one too, cut at line ends where it is longer
