@@ -1,5 +1,6 @@
 """What each mixer of a model is given and gives, in one pass."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,3 +24,13 @@ def mixer_calls(model: SeqZooForCausalLM, *args: Any, **inputs: Any) -> list[tup
         for hook in hooks:
             hook.remove()
     return found
+
+
+def called_as(module: nn.Module, forward: Callable[[], Any]) -> Any:
+    """What `forward` gives, called as the module's own forward is: with the hooks of all who watch its calls, as those
+    do that gather weights which are cut over processes."""
+    module.forward = forward
+    try:
+        return module()
+    finally:
+        del module.forward

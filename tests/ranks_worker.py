@@ -2,9 +2,9 @@
 
     torchrun ... tests/ranks_worker.py JOBS.json
 
-A job: folder, overrides; perhaps `fails`, the beginning of what a ValueError must say; `alone`, overrides of the first
-process only; `die`, a list of [step or "save", n]: the last process kills itself in that step, or while it writes its
-n-th checkpoint, once each.
+A job: folder, overrides; perhaps `config`, another than train; `fails`, the beginning of what a ValueError must say;
+`alone`, overrides of the first process only; `die`, a list of [step or "save", n]: the last process kills itself in
+that step, or while it writes that step's checkpoint, once each.
 """
 
 import json
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from hydra import compose, initialize_config_module
 
-from seqzoo.train import train
+from seqzoo.train import train, train_in_stages
 from seqzoo.training.sharded_checkpoint import Saving
 from seqzoo.training.stopping import StopRequest
 from seqzoo.training.trainer import Trainer
@@ -56,13 +56,13 @@ def run(job: dict) -> None:
     folder = Path(job["folder"])
     overrides = [*job["overrides"], *(job.get("alone", []) if RANK == 0 else [])]
     with initialize_config_module("seqzoo.configs", version_base=None):
-        cfg = compose("train", overrides=overrides)
+        cfg = compose(job.get("config", "train"), overrides=overrides)
     patches = [patch("seqzoo.train.draw_losses"), *deadly(folder.parent, job.get("die", []))]
     for one in patches:
         one.start()
     try:
         with StopRequest() as stop:
-            train(cfg, folder, stop)
+            (train if cfg.stages is None else train_in_stages)(cfg, folder, stop)
     except ValueError as error:
         if "fails" not in job or not str(error).startswith(job["fails"]):
             raise

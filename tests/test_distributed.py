@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import HYBRID, options, written
+from hydra import compose, initialize_config_module
+from runs import HYBRID, TRANSFORMER, options, written
 from safetensors.torch import load_file
 
+from seqzoo.models.causal_lm import SeqZooForCausalLM
+from seqzoo.models.convert import convert
+from seqzoo.train import model_config
 from seqzoo.training.checkpoint import damage_of
 from seqzoo.training.sharded_checkpoint import Shards
 
@@ -55,7 +59,7 @@ def assert_same_losses(folder, expected):
     found = losses(folder)
     assert found.keys() == expected.keys()
     for key, loss in expected.items():
-        assert found[key] == pytest.approx(loss, abs=NEAR), key
+        assert found[key] == pytest.approx(loss, abs=NEAR, rel=1e-6), key
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +142,32 @@ def test_another_number_of_processes_goes_on(alone):
     theirs = home / "four-cut" / "checkpoints"
     launch(1, [job(from_step("one-again", theirs, 4), resume="auto")], home)
     assert_same_losses(home / "one-again", {key: loss for key, loss in expected.items() if key[1] > 4})
+
+
+def test_recovery(alone):
+    """Stages one after the other, each from where the last one ended: teacher and student are cut, too."""
+    home, mixers = alone, dict(linear=dict(kind="linear_attention", decay="head"))
+    with initialize_config_module("seqzoo.configs", version_base=None):
+        deeper = [x.replace("num_hidden_layers=1", "num_hidden_layers=2") for x in TRANSFORMER]
+        config = model_config(compose("train", overrides=deeper))
+    torch.manual_seed(0)
+    SeqZooForCausalLM(config).save_pretrained(home / "teacher")
+    convert(home / "teacher", home / "student", to=dict(mixers=mixers, pattern=["linear", "keep"]))
+    steps = [f"stages.{stage}.trainer.steps={n}" for stage, n in (("align", 3), ("distil", 3), ("next_token", 2))]
+    given = [*steps, f"teacher={home / 'teacher'}", f"init_from={home / 'student'}", "optimizer.lr=0.001"]
+    numbers = STEPS | dict(sample_tokens=0)
+    for ranks, layouts in ((1, ["fsdp"]), (2, ["fsdp", "context"])):
+        jobs = []
+        for name in layouts:
+            folder = home / f"recovered-{name}-{ranks}"
+            text = options(
+                folder, *given, f"parallel={name}", "optimizer=adamw", "~optimizer.adamw", model=[], **numbers
+            )
+            jobs.append(dict(folder=str(folder), overrides=text, config="recover"))
+        launch(ranks, jobs, home)
+    for name in ("fsdp", "context"):
+        for stage in ("0_align", "1_distil", "2_next_token"):
+            assert_same_losses(home / f"recovered-{name}-2" / stage, losses(home / "recovered-fsdp-1" / stage))
 
 
 def test_processes_are_killed(alone):

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from seqzoo.data.packing import IGNORED
-from seqzoo.models.calls import mixer_calls
+from seqzoo.kernels.across import pooled
+from seqzoo.models.calls import called_as, mixer_calls
 from seqzoo.models.causal_lm import SeqZooForCausalLM, Stats
 from seqzoo.models.convert.calibration import changed_layers
 from seqzoo.models.convert.loading import load
@@ -41,7 +42,6 @@ class Result(NamedTuple):
 class Objective(Protocol):
     name: str
     in_nats: bool
-    calls_model: bool  # by its own forward, as weights that are cut over processes need it
     teacher: SeqZooForCausalLM | None
 
     def learns(self, name: str) -> bool: ...
@@ -52,7 +52,7 @@ class Objective(Protocol):
 class NextToken:
     """Cross-entropy of the next token, and what the blocks add to it."""
 
-    name, in_nats, calls_model, teacher = "next_token", True, True, None
+    name, in_nats, teacher = "next_token", True, None
 
     def learns(self, name: str) -> bool:
         return True
@@ -79,7 +79,7 @@ class Distil:
         ValueError: a teacher of another vocabulary, or numbers out of range.
     """
 
-    name, in_nats, calls_model = "distil", True, True
+    name, in_nats = "distil", True
 
     def __init__(
         self, model: SeqZooForCausalLM, *, teacher: str, temperature: float, weight: float, top: int | None,
@@ -153,7 +153,7 @@ class Align:
         ValueError: a teacher of another depth, width or vocabulary, or one whose mixers are all the student's.
     """
 
-    name, in_nats, calls_model = "align", False, False
+    name, in_nats = "align", False
 
     def __init__(self, model: SeqZooForCausalLM, *, teacher: str, precision: str) -> None:
         self.teacher = load_teacher(teacher, model, precision)
@@ -170,16 +170,21 @@ class Align:
         given = {name: x for name, x in inputs.items() if name != "shift_labels"}
         with torch.no_grad():
             calls = mixer_calls(self.teacher, **given)
-        levels, errors = model.stack.levels(), []
-        for i in self.layers:
+        levels = model.stack.levels()
+
+        def error(i: int) -> Tensor:
             (x, span), wanted = calls[i]
             mixer = levels[i].mixer
             dtype = next(mixer.parameters()).dtype  # the teacher's may be another
             sinks = None if span.sinks is None else span.sinks.to(dtype)
-            got = mixer(x.to(dtype), span._replace(sinks=sinks))[0].float()
-            errors.append((got - wanted.float()).square().sum() / wanted.float().square().sum())
-        there = (inputs["shift_labels"] != IGNORED).sum()
-        loss = torch.stack(errors).mean() * there / targets  # of a step of several micro-batches, each its share
+            got = called_as(levels[i], lambda: mixer(x.to(dtype), span._replace(sinks=sinks))[0])
+            return (got.float() - wanted.float()).square().sum()
+
+        errors = called_as(model, lambda: torch.stack([error(i) for i in self.layers]))
+        sizes = torch.stack([calls[i][1].float().square().sum() for i in self.layers])
+        there = (inputs["shift_labels"] != IGNORED).sum().float()
+        (whole,) = pooled([dict(sizes=sizes, there=there)])  # of all processes, where there are several
+        loss = (errors / whole["sizes"]).mean() * whole["there"] / targets  # of several micro-batches, each its share
         return Result(loss, loss, [{} for _ in levels])
 
 

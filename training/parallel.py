@@ -190,20 +190,29 @@ class Ranks:
                 apart.add(getattr(module, name))
         return apart
 
+    def rows_here(self, rows: int) -> slice:
+        """Of so many rows, a multiple of `readers`, those that this process reads."""
+        part, reader = rows // self.readers, self.rank // self.layout.sequence
+        return slice(reader * part, (reader + 1) * part)
+
     def mine(self, batch: Batch) -> Batch:
         """Of a batch of all processes, this one's rows and stretch of tokens; rows that are missing are empty."""
         if self.size == 1:
             return batch
+        empty = batch.input_ids.new_zeros(-len(batch.input_ids) % self.readers, batch.input_ids.shape[1])
+        positions = torch.cat([batch.position_ids, empty + torch.arange(empty.shape[1])])
+        ids, labels = torch.cat([batch.input_ids, empty]), torch.cat([batch.shift_labels, empty + IGNORED])
+        here = self.rows_here(len(ids))
+        return self.stretch(Batch(ids[here], positions[here], labels[here], batch.num_targets, batch.num_bytes))
+
+    def stretch(self, batch: Batch) -> Batch:
+        """Of a batch of this process's rows, its stretch of tokens."""
+        if self.size == 1:
+            return batch
         sequence, T = self.layout.sequence, batch.input_ids.shape[1]
-        rank, at = divmod(self.rank, sequence)
-        missing = -len(batch.input_ids) % self.readers
-        empty = batch.input_ids.new_zeros(missing, T)
-        ids, positions = torch.cat([batch.input_ids, empty]), torch.cat([batch.position_ids, empty + torch.arange(T)])
-        labels = torch.cat([batch.shift_labels, empty + IGNORED])
-        rows = len(ids) // self.readers
-        here = slice(rank * rows, (rank + 1) * rows), slice(at * T // sequence, (at + 1) * T // sequence)
-        parts = (x[here].contiguous() for x in (ids, positions, labels))
-        return Batch(*parts, batch.num_targets, batch.num_bytes)
+        at = self.rank % sequence
+        here = slice(at * T // sequence, (at + 1) * T // sequence)
+        return Batch(*(x[:, here].contiguous() for x in batch[:3]), batch.num_targets, batch.num_bytes)
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -75,7 +75,7 @@ class Trainer:
         ranks.check(rows=settings.batch_size, length=length)
         self.batches = TrainingBatches(
             corpus.train, tokenizer, rows=settings.batch_size, length=length, seed=seed,
-            shuffle_buffer=settings.shuffle_buffer,
+            shuffle_buffer=settings.shuffle_buffer, here=ranks.rows_here(settings.batch_size),
         )  # fmt: skip
         limit = settings.final_validation_bytes
         self.validation = ValidationRows(corpus.validation, tokenizer, length=length, limit=limit)
@@ -197,7 +197,7 @@ class Trainer:
             self.ranks.sync_gradients(model, i + 1 == len(batches))
             with self.ranks.together():
                 with self._precision():
-                    out = self.objective(model, self.ranks.mine(batch).inputs(device), targets, stats)
+                    out = self.objective(model, self.ranks.stretch(batch).inputs(device), targets, stats)
                 (out.loss * self.ranks.size if self.ranks.size > 1 else out.loss).backward()  # means are taken of them
             with torch.no_grad():
                 total += out.loss
