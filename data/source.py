@@ -42,7 +42,7 @@ class Source(Protocol):
         """What must not change for a position to keep its meaning; plain JSON."""
 
 
-class TextSource(Source, Protocol):
+class TextSource(Source):
     """Documents that are text; a tokenizer makes ids of them as they are read."""
 
     @abstractmethod
