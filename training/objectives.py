@@ -58,7 +58,7 @@ class NextToken:
         return True
 
     def __call__(self, model: SeqZooForCausalLM, inputs: dict, targets: int, stats: Stats | None) -> Result:
-        out = model(**inputs, num_items_in_batch=targets, stats=stats, use_cache=False)
+        out = model(**inputs, num_items_in_batch=targets, stats=stats, use_cache=False, return_logits=False)
         return Result(out.loss, out.loss - out.aux_loss, out.stats)
 
 

@@ -1,1 +1,1 @@
-from seqzoo.kernels.linear_cross_entropy.op import linear_cross_entropy
+from seqzoo.kernels.linear_cross_entropy.op import IGNORED, linear_cross_entropy

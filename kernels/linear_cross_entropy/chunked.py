@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from seqzoo.kernels.linear_cross_entropy.reference import IGNORED
 
-LOGITS = 2**26  # of a chunk: below it every chunk's pass over the weight begins to show, above it nothing is won
+LOGITS = 2**25  # of a chunk: below it every chunk's pass over the weight begins to show, above it nothing is won
 
 Grads = list[Tensor | None]  # of hidden and weight
 
