@@ -199,11 +199,14 @@ def choose(checkpoints: Checkpoints, resume: str | None) -> Path | None:
 
 
 def require_same(then: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """Raises ValueError where two nested dicts of facts differ, naming each key that does."""
+    """Raises ValueError where two nested dicts of facts differ, naming each key that does.
+
+    A key that one lacks is None: an option that came after a checkpoint was made changes nothing where it is not used.
+    """
     old, new = _flat(then), _flat(now)
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key, _NONE) != new.get(key, _NONE))
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if changed:
-        facts = "; ".join(f"{key}: expected {old.get(key, _NONE)}, got {new.get(key, _NONE)}" for key in changed)
+        facts = "; ".join(f"{key}: expected {old.get(key)}, got {new.get(key)}" for key in changed)
         raise ValueError(f"{path} was made with another model or tokenizer: {facts}")
 
 
@@ -257,6 +260,3 @@ def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in facts.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat
-
-
-_NONE = "nothing"
