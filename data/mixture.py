@@ -95,8 +95,8 @@ def mixture(*, sources: dict[str, dict[str, Any]], weights: dict[str, float] | N
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise ValueError(f"data.weights.{name}: expected a number above 0, got {weight!r}")
-    tokenizers = {name: said.get("tokenizer") for name, said in sources.items()}
     corpora = {name: _corpus(name, said) for name, said in sources.items()}
+    tokenizers = {name: said.get("tokenizer") for name, said in sources.items()}
     options = dict(seed=seed, tokenizers=tokenizers)
     sides = ({name: getattr(corpus, side) for name, corpus in corpora.items()} for side in Corpus._fields)
     return Corpus(*(Mixture(side, weights, endless=i == 0, **options) for i, side in enumerate(sides)))

@@ -120,6 +120,18 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
+def are_facts(found: Any) -> bool:
+    """Whether JSON's content is what the manifest says of a shard."""
+    if not isinstance(found, dict) or not found.keys() >= {"begin", "end"}:  # positions in the source, of any kind
+        return False
+    files = found.get("files")
+    if not isinstance(files, dict) or not files.keys() >= {"ids", "index"}:
+        return False
+    entries = [x for x in files.values() if isinstance(x, dict) and isinstance(x.get("sha256"), str)]
+    counts = [found.get(key) for key in ("documents", "tokens", "bytes")] + [x.get("size") for x in entries]
+    return len(entries) == len(files) and all(isinstance(n, int) and n >= 0 for n in counts)
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, with `sides` only where all is done.
 
@@ -159,9 +171,15 @@ class Shard:
             raise ValueError(f"a damaged shard: {damage}")
         self.base, self.vocab_size = base, vocab_size
         self.index = np.fromfile(index, "<u8").astype(np.int64).reshape(2, -1)  # [2, documents + 1]
-        ends = self.index[:, -1].tolist()
-        if ends != [facts["tokens"], facts["bytes"]] or self.index[:, 0].any() or (np.diff(self.index) < 0).any():
-            raise ValueError(f"a damaged shard: {index}: expected offsets that rise from 0 to the sizes, got others")
+        ends = [self.index.shape[1] - 1, *self.index[:, -1].tolist()]
+        if (
+            ends != [facts["documents"], facts["tokens"], facts["bytes"]]
+            or self.index[:, 0].any()
+            or (np.diff(self.index) < 0).any()
+        ):
+            raise ValueError(
+                f"a damaged shard: {index}: expected offsets of all documents that rise from 0, got others"
+            )
         kind = np.dtype(kind_of(vocab_size)).newbyteorder("<")
         empty = np.empty(0, kind)  # which cannot be mapped
         self.tokens = (

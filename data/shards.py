@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from seqzoo.data.shard_files import MANIFEST, Shard, damage_of, facts_of, kind_of, read_manifest, shard_name
+from seqzoo.data.shard_files import MANIFEST, Shard, are_facts, damage_of, facts_of, read_manifest, shard_name
 from seqzoo.data.source import Corpus, Document, Position, Source
 from seqzoo.data.tokenizer import Tokenizer
 
@@ -84,17 +84,18 @@ def shards(*, folder: str, checksums: bool) -> Corpus:
     manifest = read_manifest(path)
     if "sides" not in manifest:
         raise ValueError(f"data.folder: expected shards that are done, got {folder}; run its seqzoo-tokenize again")
-    try:
-        for side in Corpus._fields:
-            for number, facts in enumerate(manifest["sides"][side]):
-                damage = damage_of(path / shard_name(side, number), facts, content=checksums)
-                if damage is not None:
-                    raise ValueError(f"a damaged shard: {damage}; run its seqzoo-tokenize again")
-        if manifest["kind"] != kind_of(manifest["tokenizer"]["vocab_size"]):
-            raise ValueError(f"{path / MANIFEST}: expected ids as wide as the vocabulary needs, got {manifest['kind']}")
-        return Corpus(*(Shards(path, manifest, side) for side in Corpus._fields))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / MANIFEST}: expected a shard's facts, got some that lack {error}") from error
+    sides, said = manifest["sides"], manifest.get("tokenizer")
+    lists = [sides.get(side) for side in Corpus._fields] if isinstance(sides, dict) else [None]
+    if not all(isinstance(facts, list) and all(map(are_facts, facts)) for facts in lists):
+        raise ValueError(f"{path / MANIFEST}: expected each shard's numbers, sizes and checksums, got not all of them")
+    if not isinstance(said, dict) or not isinstance(said.get("vocab_size"), int):
+        raise ValueError(f"{path / MANIFEST}: expected what is known of a tokenizer, got {said!r}")
+    for side, facts in zip(Corpus._fields, lists, strict=True):
+        for number, each in enumerate(facts):
+            damage = damage_of(path / shard_name(side, number), each, content=checksums)
+            if damage is not None:
+                raise ValueError(f"a damaged shard: {damage}; run its seqzoo-tokenize again")
+    return Corpus(*(Shards(path, manifest, side) for side in Corpus._fields))
 
 
 def _check_tokenizer(folder: Path, expected: dict[str, Any], tokenizer: Tokenizer) -> None:

@@ -24,6 +24,7 @@ from seqzoo.data.shard_files import (
     FORMAT,
     MANIFEST,
     PARTIAL,
+    are_facts,
     damage_of,
     facts_of,
     kind_of,
@@ -83,8 +84,7 @@ def tokenize(
         known = _begin(folder, made_of, own)
         sides: dict[str, list[Facts]] = {}
         for name, side in corpus._asdict().items():
-            have = known.get(name, [])
-            sides[name] = _tokenize_side(side, folder, name, shard_bytes, have, crew, say)
+            sides[name] = _tokenize_side(side, folder, name, shard_bytes, known, crew, say)
         if not sides["train"]:
             raise ValueError("training data: expected documents, got none")
         write_json(folder / MANIFEST, made_of | dict(sides=sides))
@@ -99,35 +99,36 @@ def _tokenize_side(
     folder: Path,
     side: str,
     shard_bytes: int,
-    known: list[Facts],
+    known: dict[str, list[Facts]],
     crew: "_Workers",
     say: Callable[[str], None],
 ) -> list[Facts]:
     """The facts of all shards; the next is read while workers are at those before."""
     done: list[Facts] = []
-    waiting: deque[Future] = deque()
+    waiting: deque[tuple[Future, str]] = deque()
 
     def settle(most: int) -> None:
         while len(waiting) > most:
-            done.append(waiting.popleft().result())
-            name, facts = shard_name(side, len(done) - 1), done[-1]
-            say(f"{name}: {facts['documents']:,} documents, {facts['tokens']:,} tokens")
+            future, how = waiting.popleft()
+            facts = future.result()
+            say(f"{side} {len(done)}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, {how}")
+            done.append(facts)
 
     position, stream, number = None, None, 0
     while True:
         base = folder / shard_name(side, number)
         kept = _kept(folder, side, number, known)
         if kept is not None and kept["begin"] == position:
-            waiting.append(_settled(kept))
+            waiting.append((_settled(kept), "kept"))
             position, stream = kept["end"], None
-            say(f"{base.name}: kept")
         else:
             stream = source.read(position) if stream is None else stream
             documents, after = _some(stream, shard_bytes)
             if not documents:
                 settle(0)
                 return done
-            waiting.append(crew.write(base, documents, dict(begin=position, end=after), side == "validation"))
+            future = crew.write(base, documents, dict(begin=position, end=after), side == "validation")
+            waiting.append((future, "written"))
             position = after
         number += 1
         settle(2 * crew.size)
@@ -164,14 +165,15 @@ def _begin(folder: Path, made_of: dict[str, Any], tokenizer: Tokenizer) -> dict[
     return sides
 
 
-def _kept(folder: Path, side: str, number: int, known: list[Facts]) -> Facts | None:
+def _kept(folder: Path, side: str, number: int, known: dict[str, list[Facts]]) -> Facts | None:
     """The facts of a shard that is there and whole."""
     try:
-        facts = known[number] if number < len(known) else json.loads(_note(folder, side, number).read_text())
-        damage = damage_of(folder / shard_name(side, number), facts, content=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no facts, or not such as we write
+        note = _note(folder, side, number)
+        facts = json.loads(note.read_text()) if note.exists() else known[side][number]
+    except (OSError, ValueError, LookupError, TypeError):  # none, or not such as we write
         return None
-    return None if damage else facts
+    whole = are_facts(facts) and damage_of(folder / shard_name(side, number), facts, content=True) is None
+    return facts if whole else None
 
 
 def _note(folder: Path, side: str, number: int) -> Path:
