@@ -15,8 +15,8 @@ CONTEXTS = (512, 4096, 32768, 131072)  # [tokens], of `state_table`
 class Part(NamedTuple):
     """All uses of one part of a model."""
 
-    name: str  # embedding, norms, head, or as in config.json: mixers.delta, channels.moe
-    count: int  # how often a token passes through it
+    name: str  # embedding, norms, head, mtp, or as in config.json: mixers.delta, channels.moe
+    count: int  # how often a token passes through it; of mtp 0, for only its objective asks for it
     parameters: int  # each once: tied ones in the part that comes first
     active_parameters: int  # those that a token meets: of the experts, only the chosen
     flops_per_token: int  # forward, at the mean over `context` tokens; norms are left out
@@ -53,6 +53,8 @@ def cost(model: SeqZooForCausalLM | SeqZooConfig, *, context: int, dtype: torch.
         own = (1, parameters, parameters - (_idle(module) if new else 0), flops, state)
         before = parts.get(name, Part(name, 0, 0, 0, 0, 0))
         parts[name] = Part(name, *(old + more for old, more in zip(before[1:], own, strict=True)))
+    if model.mtp is not None:
+        parts["mtp"] = Part("mtp", 0, sum(p.numel() for p in model.mtp.parameters()), 0, 0, 0)
     columns = list(zip(*parts.values(), strict=True))
     return Cost(*(sum(column) for column in columns[2:]), parts=list(parts.values()))
 

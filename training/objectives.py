@@ -12,6 +12,7 @@ et al. 2015, arXiv 1503.02531.
 
 import hashlib
 import logging
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -55,11 +56,44 @@ class NextToken:
     name, in_nats, teacher = "next_token", True, None
 
     def learns(self, name: str) -> bool:
-        return True
+        return not name.startswith("mtp.")
 
     def __call__(self, model: SeqZooForCausalLM, inputs: dict, targets: int, stats: Stats | None) -> Result:
         out = model(**inputs, num_items_in_batch=targets, stats=stats, use_cache=False, return_logits=False)
         return Result(out.loss, out.loss - out.aux_loss, out.stats)
+
+
+class MultiToken:
+    """Cross-entropy of the next token, + weight times that of the token after it, and what the blocks add.
+
+    What is shown is the next token's alone. Source: DeepSeek-V3, arXiv 2412.19437, section 2.2.
+
+    Args:
+        model: with a module for it (`mtp` in its config).
+        weight: of the token after the next, above 0.
+
+    Raises:
+        ValueError: a model without that module, or a weight out of range.
+    """
+
+    name, in_nats, teacher = "mtp", True, None
+
+    def __init__(self, model: SeqZooForCausalLM, *, weight: float) -> None:
+        if model.config.mtp is None:
+            raise ValueError("objective: mtp: expected a model with mtp in its config, got one without")
+        if not 0 < weight < math.inf:
+            raise ValueError(f"objective.weight: expected a number above 0, got {weight!r}")
+        self.weight = weight
+
+    def learns(self, name: str) -> bool:
+        return True
+
+    def __call__(self, model: SeqZooForCausalLM, inputs: dict, targets: int, stats: Stats | None) -> Result:
+        out = model(
+            **inputs, num_items_in_batch=targets, stats=stats, use_cache=False, return_logits=False,
+            mtp_weight=self.weight,
+        )  # fmt: skip
+        return Result(out.loss, out.loss - out.aux_loss - self.weight * out.mtp_loss, out.stats)
 
 
 class Distil:
@@ -98,7 +132,7 @@ class Distil:
         self._key: bytes | None = None  # all weights are read for it: not before it is wanted
 
     def learns(self, name: str) -> bool:
-        return True
+        return not name.startswith("mtp.")
 
     def __call__(self, model: SeqZooForCausalLM, inputs: dict, targets: int, stats: Stats | None) -> Result:
         tokens, wanted = self.predictions(inputs)
@@ -190,6 +224,10 @@ class Align:
 
 def next_token(model: SeqZooForCausalLM) -> Objective:
     return NextToken()
+
+
+def mtp(model: SeqZooForCausalLM, **options) -> Objective:
+    return MultiToken(model, **options)
 
 
 def distil(model: SeqZooForCausalLM, **options) -> Objective:

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from seqzoo.kernels.linear_cross_entropy.reference import IGNORED
 
-LOGITS = 2**25  # of a chunk: below it every chunk's pass over the weight begins to show, above it nothing is won
+LOGITS = 2**27  # of a chunk, 512 MiB: with fewer its passes over the weight show, see bench_cross_entropy
 
 Grads = list[Tensor | None]  # of hidden and weight
 

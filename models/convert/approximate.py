@@ -59,7 +59,8 @@ def transfer(
             there; or what an adopter refuses.
     """
     depth = source.num_hidden_layers
-    for what, found in (("tied", source.tied), ("quantisation", source.quantisation), ("blocks", source.blocks)):
+    cannot = dict(tied=source.tied, quantisation=source.quantisation, blocks=source.blocks, mtp=source.mtp)
+    for what, found in cannot.items():
         if found:
             raise ValueError(f"layout: expected a source without {what}, got {found!r}")
     if not depth:

@@ -31,6 +31,12 @@ from seqzoo.models.convert.rules import COPY, SQUEEZE, Row, deal, describe, diff
 KEPT = r"(model\.visual|mtp)\..*|.*\.rotary_emb\.inv_freq"  # theirs that ours has no room for
 _PREFIXES = ("model.", "model.language_model.")
 _PARTS = {"linear_attention": "delta", "full_attention": "full"}
+_FURTHER: Table = [
+    ("pre_fc_norm_embedding.weight", "embed_norm.weight", COPY),
+    ("pre_fc_norm_hidden.weight", "hidden_norm.weight", COPY),
+    ("fc.weight", "proj.weight", COPY),
+    ("norm.weight", "stack.norm.weight", COPY),
+]
 _KINDS = {"gated_deltanet": "linear_attention", "attention": "full_attention"}
 
 
@@ -44,6 +50,7 @@ class Hybrid(NamedTuple):
     is_sparse: Callable[[Any, int], bool]  # whether layer i has experts
     renormalise: Callable[[Any], bool]  # the weights of a token's experts
     of_sparse: Callable[[list[bool]], dict[str, Any]]  # back to their fields
+    further: str | None = None  # their field: blocks of multi-token prediction, where those are to be ours
 
     def to_ours(self, theirs: dict[str, Any]) -> SeqZooConfig:
         """Their config.json, of any transformers version, as ours.
@@ -57,7 +64,8 @@ class Hybrid(NamedTuple):
             raise ValueError(f"config.json: no {self.title} config: {' '.join(str(error).split())}") from None
         self._check(c)
         entries = [f"{_PARTS[kind]}/{'moe' if self.is_sparse(c, i) else 'mlp'}" for i, kind in enumerate(c.layer_types)]
-        used = {name for entry in entries for name in entry.split("/")}
+        further = [f"full/{'moe' if self.is_sparse(c, i) else 'mlp'}" for i in range(self._further(theirs))]
+        used = {name for entry in [*entries, *further] for name in entry.split("/")}
         parts = {
             "delta": _delta,
             "full": _full,
@@ -70,6 +78,7 @@ class Hybrid(NamedTuple):
             mixers={name: specs[name] for name in ("delta", "full") if name in specs},
             channels={name: specs[name] for name in ("moe", "mlp") if name in specs},
             norm_eps=c.rms_norm_eps,
+            mtp=dict(pattern=further) if further else None,
             architectures=["SeqZooForCausalLM"],
             **{name: getattr(c, name) for name in PASSED},
         )
@@ -93,17 +102,36 @@ class Hybrid(NamedTuple):
         table = ends(f"{prefix}embed_tokens.weight", ours, names)
         for i, (mixer, channel) in enumerate(self._specs(ours)):
             theirs = f"{prefix}layers.{i}."
-            block: Table = [("input_layernorm.weight", "mixer_norm.weight", COPY)]
-            block += self._mixer_rows(mixer)
-            block += [("post_attention_layernorm.weight", "channel_norm.weight", COPY)]
-            if channel["kind"] == "moe":
-                block += expert_rows(channel["num_experts"], f"{theirs}mlp.experts.gate_up_proj" in names)
-                block += mlp_rows("mlp.shared_expert", "channel.shared")
-                block += [("mlp.shared_expert_gate.weight", "channel.shared_gate.weight", COPY)]
-            else:
-                block += mlp_rows("mlp", "channel")
-            table += block_rows(theirs, f"stack.blocks.{i}.", block)
-        return [*table, Row((f"{prefix}norm.weight",), ("stack.norm.weight",), COPY)]
+            table += self._layer_rows(theirs, f"stack.blocks.{i}.", mixer, channel, names)
+        table += [Row((f"{prefix}norm.weight",), ("stack.norm.weight",), COPY)]
+        return table if ours.mtp is None else table + self._further_rows(ours, names)
+
+    def _layer_rows(self, theirs: str, mine: str, mixer: Spec, channel: Spec, names: Collection[str]) -> list[Row]:
+        block: Table = [("input_layernorm.weight", "mixer_norm.weight", COPY)]
+        block += self._mixer_rows(mixer)
+        block += [("post_attention_layernorm.weight", "channel_norm.weight", COPY)]
+        if channel["kind"] == "moe":
+            block += expert_rows(channel["num_experts"], f"{theirs}mlp.experts.gate_up_proj" in names)
+            block += mlp_rows("mlp.shared_expert", "channel.shared")
+            block += [("mlp.shared_expert_gate.weight", "channel.shared_gate.weight", COPY)]
+        else:
+            block += mlp_rows("mlp", "channel")
+        return block_rows(theirs, mine, block)
+
+    def _further_rows(self, ours: SeqZooConfig, names: Collection[str]) -> list[Row]:
+        """Of multi-token prediction."""
+        table = block_rows("mtp.", "mtp.", _FURTHER)
+        for i, entry in enumerate(ours.mtp["pattern"]):
+            mixer, channel = entry.split("/")
+            specs = ours.mixers[mixer], ours.channels[channel]
+            table += self._layer_rows(f"mtp.layers.{i}.", f"mtp.stack.blocks.{i}.", *specs, names)
+        return table
+
+    def _further(self, theirs: dict[str, Any]) -> int:
+        count = theirs.get(self.further) or 0
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ValueError(f"config.json: {self.further}: expected a whole number, 0 or more, got {count!r}")
+        return count
 
     def _mixer_rows(self, spec: Spec) -> Table:
         if spec["kind"] == "attention":
@@ -145,7 +173,8 @@ class Hybrid(NamedTuple):
             arguments |= takers[kind](spec)
         known = set(self.config().to_dict())
         arguments |= self.of_sparse(sparse)
-        return {name: value for name, value in arguments.items() if name in known}
+        further = {} if self.further is None or ours.mtp is None else {self.further: len(ours.mtp["pattern"])}
+        return {name: value for name, value in arguments.items() if name in known} | further
 
     def _specs(self, ours: SeqZooConfig) -> list[tuple[Spec, Spec]]:
         return specs_of(ours, self.title, set(_KINDS), {"moe", "swiglu"})

@@ -1,5 +1,8 @@
 """Qwen3-Next: the rows and the config, both ways.
 
+The module of multi-token prediction (tensors mtp.*) is ours where config.json says num_nextn_predict_layers, as engines
+that decode with it name it; the released config does not, and then its tensors are kept for the way back.
+
 Their fused projections lie key head by key head: in_proj_qkvz [q | k | v | z] and in_proj_ba [b | a] in each of them.
 Source: the released Qwen3-Next-80B-A3B and transformers' Qwen3NextForCausalLM.
 """
@@ -13,7 +16,7 @@ from seqzoo.models.convert.plain import Table, is_sparse
 from seqzoo.models.convert.qwen3_hybrid import Hybrid
 from seqzoo.models.convert.rules import deal
 
-KEPT = r"mtp\..*|.*\.rotary_emb\.inv_freq"  # theirs that ours has no room for; transformers does not load them either
+KEPT = r"mtp\..*|.*\.rotary_emb\.inv_freq"  # theirs, where ours has no room for them; transformers loads neither
 
 
 def _delta_rows(spec: Spec) -> Table:
@@ -41,5 +44,6 @@ HYBRID = Hybrid(
     is_sparse,
     lambda c: c.norm_topk_prob,
     _of_sparse,
+    further="num_nextn_predict_layers",
 )
 to_ours, to_theirs, rows = HYBRID.to_ours, HYBRID.to_theirs, HYBRID.rows
