@@ -28,6 +28,7 @@ KIMI = ["model=kimi_linear_nano", "model.hidden_size=16", "model.channels.moe.nu
 MODELS = {"hybrid": HYBRID, "sinks": SINKS, "kimi": KIMI}
 STEPS = dict(steps=6, batch_size=4, sequence_length=24, log_every=1, validate_every=3, checkpoint_every=2, keep=9)
 ADAMW = ["optimizer=adamw", "optimizer.lr=0.001"]  # Muon makes much of what is little, and so of rounding
+MTP = ["objective=mtp", "+model.mtp={pattern: [full/moe]}", "model.channels.moe.balance_coefficient=0.1"]
 NEAR = 1e-5
 
 
@@ -72,7 +73,7 @@ def alone(home):
     """The runs on one process."""
     jobs = [job(home / f"{model}-1", model=model) for model in MODELS]
     jobs += [job(home / "muon-1", optimizer=["optimizer.ns_dtype=float32"], steps=2)]
-    jobs += [job(home / "two-1", accumulate=2, batch_size=2, shuffle_buffer=4)]
+    jobs += [job(home / "two-1", accumulate=2, batch_size=2, shuffle_buffer=4), job(home / "mtp-1", *MTP, steps=2)]
     launch(1, jobs, home)
     return home
 
@@ -87,6 +88,7 @@ def test_two_processes(alone, tmp_path):
     jobs += [job(home / "sinks-experts", "parallel.sequence=2", model="sinks", parallel="expert")]
     jobs += [job(home / "muon-2", optimizer=["optimizer.ns_dtype=float32"], steps=2)]
     jobs += [job(home / "two-2", accumulate=2, batch_size=2, shuffle_buffer=4)]
+    jobs += [job(home / "mtp-context", *MTP, parallel="context", steps=2)]
     refused = {
         "expected one configuration on all processes, got another on [1], in ['seed']": (["seed=1"], {}, {}),
         "trainer.batch_size: expected a multiple of replicate x shard=2, got 3": ([], dict(batch_size=3), {}),
@@ -111,6 +113,7 @@ def test_two_processes(alone, tmp_path):
         assert_same_losses(home / name, losses(home / f"{name.partition('-')[0]}-1"))
     assert_same_losses(home / "muon-2", losses(home / "muon-1"))
     assert_same_losses(home / "two-2", losses(home / "two-1"))
+    assert_same_losses(home / "mtp-context", losses(home / "mtp-1"))
     one, two = (Shards(home / f"hybrid-{n}" / "checkpoints" / "step-00000002") for n in (1, 2))
     assert one.index.keys() == two.index.keys()
     assert {part["file"] for entry in two.index.values() for part in entry["parts"]} == {

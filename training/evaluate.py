@@ -5,10 +5,9 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from seqzoo.data.packing import IGNORED, Batch
+from seqzoo.data.packing import Batch
 from seqzoo.data.tokenizer import Tokenizer
 from seqzoo.training.parallel import Ranks
 
@@ -38,10 +37,9 @@ def evaluate(
     nats, targets, num_bytes = 0.0, 0, 0
     for batch in batches:
         inputs = (batch if ranks is None else ranks.mine(batch)).inputs(next(model.parameters()).device)
-        labels = inputs.pop("shift_labels").flatten()
         with precision, nullcontext() if ranks is None else ranks.together():
-            logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
-        lost = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+            out = model(**inputs, num_items_in_batch=1, return_logits=False, use_cache=False)
+        lost = out.loss - out.aux_loss
         nats += (lost if ranks is None else ranks.sum(lost)).item()
         targets, num_bytes = targets + batch.num_targets, num_bytes + batch.num_bytes
     model.train(was_training)
