@@ -71,6 +71,18 @@ def test_errors_are_no_larger_than_torchs(dtype, autocast, rows, monkeypatch):
         assert error <= 1e-6 + (1.2 * torch_error if autocast or dtype == BF16 else 0)
 
 
+def test_many_chunks_are_summed_in_fp32(monkeypatch):
+    in_chunks(monkeypatch, 1)
+    hidden, weight, labels = draw(N=800, D=3, dtype=BF16)
+    with torch.no_grad():
+        hidden.abs_()
+    found = both(linear_cross_entropy, hidden, weight, labels.fill_(5))[2]
+    wanted = both(torchs, hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_(), labels)[
+        2
+    ]
+    assert (found - wanted).abs().max() <= 5e-3 * wanted.abs().max()  # in bf16 the sum stands still half way
+
+
 def test_large_logits_and_ignored_rows_stay_finite(monkeypatch):
     in_chunks(monkeypatch, 4)
     hidden, weight, labels = draw(dtype=torch.float32)

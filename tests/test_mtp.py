@@ -17,7 +17,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextDecoderL
 
 from seqzoo.layers.span import Span
 from seqzoo.models import SeqZooConfig, SeqZooForCausalLM, mtp
-from seqzoo.models.convert import convert, qwen3_5_text
+from seqzoo.models.convert import convert, qwen3_5_text, qwen3_next
 from seqzoo.models.cost import cost
 from seqzoo.models.losses import IGNORED
 from seqzoo.train import model_config
@@ -82,12 +82,13 @@ def test_is_a_plain_loop_over_documents(model):
         assert not name.startswith("mtp.") or a.any(), name
 
 
-def test_padding_on_the_left_and_labels_not_moved(model):
+@pytest.mark.parametrize("positions", [None, torch.arange(11)[None]], ids=["from the mask", "through the padding"])
+def test_padding_on_the_left_and_labels_not_moved(model, positions):
     ids = torch.randint(100, (2, 11))
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     labels = ids.masked_fill(mask == 0, IGNORED)
-    out = model(ids, attention_mask=mask, labels=labels, mtp_weight=WEIGHT, use_cache=False)
+    out = model(ids, attention_mask=mask, position_ids=positions, labels=labels, mtp_weight=WEIGHT, use_cache=False)
     moved = F.pad(ids, (0, 1), value=IGNORED)[:, 1:]
     nats = loop(model, ids[0], moved[0]) + loop(model, ids[1, 4:], moved[1, 4:])
     assert_close(out.mtp_loss, nats / (10 + 7))  # the last padding predicts a first token, which labels do not say
@@ -294,6 +295,15 @@ def test_a_config_that_does_not_ask_keeps_them_as_they_are(published, tmp_path):
         change(num_nextn_predict_layers=count)
         with pytest.raises(ValueError, match=error):
             convert(tmp_path / "theirs", tmp_path / f"wrong {count}")
+
+
+def test_parts_by_other_names_are_the_same_model(published):
+    theirs = json.loads((published.folder / "config.json").read_text())
+    ours = qwen3_next.to_ours(theirs)
+    text = ours.to_json_string().replace("full", "attends").replace('"moe": {', '"experts": {')
+    renamed = SeqZooConfig.from_dict(json.loads(text.replace("/moe", "/experts")))
+    assert renamed.mtp == {"pattern": ["attends/experts"]}
+    assert qwen3_next.to_theirs(renamed) == qwen3_next.to_theirs(ours)
 
 
 def test_architectures_without_it_say_so(model):
