@@ -12,11 +12,13 @@ import torch
 from hydra import compose, initialize_config_module
 from runs import HYBRID, TRANSFORMER, options, written
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from seqzoo.models.causal_lm import SeqZooForCausalLM
 from seqzoo.models.convert import convert
 from seqzoo.train import model_config
 from seqzoo.training.checkpoint import damage_of
+from seqzoo.training.export import export, main
 from seqzoo.training.sharded_checkpoint import Shards
 
 WORKER = Path(__file__).parent / "ranks_worker.py"
@@ -145,6 +147,28 @@ def test_another_number_of_processes_goes_on(alone):
     theirs = home / "four-cut" / "checkpoints"
     launch(1, [job(from_step("one-again", theirs, 4), resume="auto")], home)
     assert_same_losses(home / "one-again", {key: loss for key, loss in expected.items() if key[1] > 4})
+
+
+def test_export(alone, tmp_path, capsys, monkeypatch):
+    """The folder that `from_pretrained` opens has the weights of the shards; what cannot be exported is told of."""
+    checkpoint = alone / "hybrid-1" / "checkpoints" / "step-00000006"
+    files = export(checkpoint, tmp_path / "out", max_shard_size=20_000)
+    assert len(files) > 2 and not list(tmp_path.glob(".*"))
+    opened, shards = SeqZooForCausalLM.from_pretrained(tmp_path / "out"), Shards(checkpoint)
+    for name, x in opened.state_dict().items():
+        assert torch.equal(x, shards.read(f"weights/{name}")), name
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("import").input_ids
+    monkeypatch.setattr("sys.argv", ["seqzoo-export", str(checkpoint), str(tmp_path / "one")])
+    assert main() == 0 and "1 files of weights" in capsys.readouterr().out
+    for wrong, said in ((tmp_path / "out", "expected one of many processes"), (tmp_path / "none", "no such folder")):
+        with pytest.raises(ValueError, match=said):
+            export(wrong, tmp_path / "never")
+    shutil.copytree(checkpoint, tmp_path / "hurt")
+    shard = tmp_path / "hurt" / "shards" / "rank-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + bytes([shard.read_bytes()[-1] ^ 255]))
+    with pytest.raises(ValueError, match="expected a whole checkpoint: shards/rank-00000.safetensors: its content"):
+        export(tmp_path / "hurt", tmp_path / "never")
+    assert not (tmp_path / "never").exists()
 
 
 def test_recovery(alone):
