@@ -23,10 +23,18 @@ from torch import Tensor
 WIDEST = 256  # channels of a value that every kernel takes
 
 
+class Sent(NamedTuple):
+    """One exchange, as one rank has part in it."""
+
+    what: str  # all_gather, all_to_all, shift
+    bytes: int  # of the tensor that this rank gives
+
+
 class Ranks(NamedTuple):
-    group: "dist.ProcessGroup"
+    group: "dist.ProcessGroup | None"
     rank: int
     size: int
+    sent: list[Sent] | None = None  # where exchanges are written down instead of done
 
 
 _split: Ranks | None = None  # plain globals, of the whole process
@@ -42,6 +50,19 @@ def split_sequence(group: "dist.ProcessGroup | None") -> Iterator[None]:
     _split = None if alone else Ranks(group, dist.get_rank(group), dist.get_world_size(group))
     try:
         yield
+    finally:
+        _split = before
+
+
+@contextmanager
+def imagined(size: int) -> Iterator[list[Sent]]:
+    """Inside, tokens are the last stretch of a sequence over so many ranks that are not there: what this one would
+    exchange is gathered in the list, and what it would get holds nothing. For shapes alone."""
+    global _split
+    before, sent = _split, []
+    _split = Ranks(None, size - 1, size, sent) if size > 1 else None
+    try:
+        yield sent
     finally:
         _split = before
 
@@ -168,14 +189,20 @@ class _Gather(torch.autograd.Function):
     def forward(ctx, x: Tensor, split: Ranks) -> Tensor:
         ctx.split = split
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(split.size)]
-        dist.all_gather(parts, x.contiguous(), group=split.group)
+        if split.sent is None:
+            dist.all_gather(parts, x.contiguous(), group=split.group)
+        else:
+            split.sent.append(Sent("all_gather", x.nbytes))
         return torch.stack(parts)
 
     @staticmethod
     def backward(ctx, d: Tensor) -> tuple[Tensor, None]:
         """Each rank gets what all others owe to its x."""
         owed = torch.empty_like(d, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(owed, d.contiguous(), group=ctx.split.group)
+        if ctx.split.sent is None:
+            dist.all_to_all_single(owed, d.contiguous(), group=ctx.split.group)
+        else:
+            ctx.split.sent.append(Sent("all_to_all", d.nbytes))
         return owed.sum(0), None
 
 
@@ -206,6 +233,9 @@ class _FromBefore(torch.autograd.Function):
 def _shifted(x: Tensor, split: Ranks, *, by: int) -> Tensor:
     """x of rank - by; zeros where there is none."""
     x, found, pending = x.contiguous(), torch.zeros_like(x, memory_format=torch.contiguous_format), []
+    if split.sent is not None:
+        split.sent.append(Sent("shift", x.nbytes))
+        return found
     for way, tensor, peer in ((dist.isend, x, split.rank + by), (dist.irecv, found, split.rank - by)):
         if 0 <= peer < split.size:
             pending.append(dist.P2POp(way, tensor, dist.get_global_rank(split.group, peer), split.group))

@@ -1,13 +1,11 @@
 """expert_mlp: the public op. Everything above this folder calls this and nothing else in it."""
 
-import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from seqzoo.kernels.dispatch import choose
+from seqzoo.kernels.dispatch import choose, readable
 from seqzoo.kernels.expert_mlp import gpu, native
-from seqzoo.kernels.expert_mlp.exchange import expert_mlp_exchanged
+from seqzoo.kernels.expert_mlp.exchange import are_elsewhere, expert_mlp_exchanged
 from seqzoo.kernels.expert_mlp.grouped import expert_mlp_grouped
 from seqzoo.kernels.expert_mlp.reference import Hidden, expert_mlp_reference
 
@@ -54,15 +52,14 @@ def expert_mlp(
     for name, given in dict(gate_up=gate_up, down=down).items():
         if given.dtype != x.dtype:
             raise ValueError(f"expert_mlp: {name}: expected x's dtype {x.dtype}, got {given.dtype}")
-    if isinstance(gate_up, DTensor):
+    if are_elsewhere(gate_up):
         return expert_mlp_exchanged(expert_mlp, x, chosen, weight, gate_up, down, hidden)
     runs = dict(cpp=lambda: native.runs(x), triton=lambda: gpu.runs(x, chosen))
     able = lambda name: hidden is None and runs[name]()
     name = choose(BACKENDS, tokens=chosen.numel(), device=x.device, able=able)
     if name in runs and hidden is not None:
         raise ValueError(f"expert_mlp: backend {name}: expected no `hidden`, got one")
-    waits = x.device.type != "cpu" or torch.compiler.is_compiling()
-    if name != "cpp" and not waits and chosen.numel() and not 0 <= chosen.min() <= chosen.max() < E:
+    if name != "cpp" and readable(x) and chosen.numel() and not 0 <= chosen.min() <= chosen.max() < E:
         raise ValueError(f"expert_mlp: chosen: expected 0 to {E - 1}, got {chosen.min()} to {chosen.max()}")
     others = () if hidden is None else (hidden,)
     return BACKENDS[name](x, chosen, weight, gate_up, down, *others)
