@@ -1,4 +1,4 @@
-"""What a block keeps for its backward pass, and what it exchanges: measured, by running it on tensors that hold nothing.
+"""What a block keeps for its backward pass and what it exchanges: measured, by running it on tensors that hold nothing.
 
 The very modules of the model run forward and backward, at the true length, on torch's fake tensors: they have shapes
 and dtypes, and no memory. Ops take the backends that a GPU takes, and say what these keep (`dispatch.shapes_alone`);
@@ -93,7 +93,10 @@ def measure(module: nn.Module, run: Run, width: int, where: Where) -> Measured:
     """
     if not usable():
         raise ValueError("plan: expected the package triton, whose kernels' memory is counted; it is not installed")
-    one, two = (_measure(module, run, width, where, rows) for rows in (1, 2))
+    try:
+        one, two = (_measure(module, run, width, where, rows) for rows in (1, 2))
+    except RuntimeError as error:  # what torch cannot say the shapes of
+        raise ValueError(f"plan: expected a part that runs on shapes alone, got: {error}") from error
     line = lambda a, b: Bytes(2 * a - b, b - a)
     lines = lambda a, b: {key: line(a.get(key, 0), b.get(key, 0)) for key in b}
     sizes = (line(getattr(one, name), getattr(two, name)) for name in ("given", "saved", "peak", "held"))
@@ -115,7 +118,7 @@ def _measure(module: nn.Module, run: Run, width: int, where: Where, rows: int) -
     precision = lambda: torch.autocast("cpu", torch.bfloat16) if where.lower else nullcontext()
     module = copy.deepcopy(module)
     with FakeTensorMode(), shapes_alone(), instead(lambda _: None):
-        _fake(module, where.owners)
+        fake_tensors(module, where.owners)
         own = {p.untyped_storage()._cdata for p in [*module.parameters(), *module.buffers()]}
         x = torch.empty(rows, where.length, width, requires_grad=True)
         positions, sinks = torch.empty(rows, where.length, dtype=torch.int64), None
@@ -157,16 +160,21 @@ def _sums(split: list[Sent], owners: list[Sent]) -> Counter:
     return found
 
 
-def _fake(module: nn.Module, owners: int) -> None:
-    """Its tensors become such as hold nothing; of stacks of experts, an owner's part."""
+def fake_tensors(module: nn.Module, owners: int = 1) -> None:
+    """Its tensors become such of the mode that is on; of stacks of experts, an owner's part. What is tied stays so."""
+    made: dict[int, tuple[Tensor, nn.Parameter]] = {}  # with what it stands for, or its id would be another's
     for part in module.modules():
         for name, p in list(part.named_parameters(recurse=False)):
+            if id(p) in made:
+                setattr(part, name, made[id(p)][1])
+                continue
             shape = list(p.shape)
             if owners > 1 and name in getattr(part, "BY_EXPERT", ()):
                 shape[0] //= owners
             fake = nn.Parameter(torch.empty(shape, dtype=p.dtype), requires_grad=p.requires_grad)
             if fake.requires_grad:
                 fake.register_post_accumulate_grad_hook(_drop)
+            made[id(p)] = p, fake
             setattr(part, name, fake)
         for name, x in list(part.named_buffers(recurse=False)):
             part._buffers[name] = torch.empty(x.shape, dtype=x.dtype)
