@@ -38,7 +38,7 @@ def are_elsewhere(experts: Tensor) -> bool:
 
 
 def expert_mlp_exchanged(
-    run: Callable[..., Tensor], x: Tensor, chosen: Tensor, weight: Tensor, gate_up: DTensor, down: DTensor,
+    run: Callable[..., Tensor], x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor,
     hidden: Hidden | None,
 ) -> Tensor:  # fmt: skip
     """Same as `expert_mlp`; `run` is that op, for whole experts.

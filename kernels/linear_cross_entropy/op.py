@@ -5,7 +5,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from seqzoo.kernels.checks import check_tensors
-from seqzoo.kernels.dispatch import choose
+from seqzoo.kernels.dispatch import choose, readable
 from seqzoo.kernels.linear_cross_entropy.chunked import linear_cross_entropy_chunked
 from seqzoo.kernels.linear_cross_entropy.reference import IGNORED, linear_cross_entropy_reference
 
@@ -46,7 +46,7 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
     )
     if weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
         raise ValueError(f"{op}: weight: expected hidden's dtype {hidden.dtype}, got {weight.dtype}")
-    if labels.is_cpu and not torch.compiler.is_compiling():  # on a GPU the look would wait for all that is under way
+    if readable(labels):  # on a GPU the look would wait for all that is under way
         wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= len(weight)))]
         if len(wrong):
             raise ValueError(f"{op}: labels: expected 0 to {len(weight) - 1} or {IGNORED}, got {wrong[0].item()}")
