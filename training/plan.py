@@ -9,7 +9,8 @@ these for a moment. Of blocks cut over processes it is taken that the weights of
 gradients, and those on their way to their owners are there at once; of Muon, that matrices of one shape are.
 
 A floor of the step's time is what no program could undercut on such devices: all products at the highest speed, all
-bytes at the bandwidths, everything at once. No run will reach it. `serial` is the same with exchanges after products.
+bytes at the bandwidths, everything at once. No run will reach it. `ordered` is the same in the order of this code:
+FSDP exchanges weights and gradients beside the products, and all other exchanges are waited for.
 """
 
 import copy
@@ -36,6 +37,7 @@ from seqzoo.training.parallel import Layout
 from seqzoo.training.plan_block import Measured, Where, block_run, fake_tensors, measure
 from seqzoo.training.plan_exchange import Cluster, Exchange, Group, on_links
 
+BESIDE = {"weights", "gradients"}  # what is exchanged while products are made
 UNDERSTOOD = {"shard", "replicate", "sequence", "expert_parallel", "timeout_seconds"}  # fields of Layout
 
 
@@ -64,7 +66,7 @@ class Plan(NamedTuple):
     checkpointing: bool
     memory: dict[str, int]
     exchanges: list[Exchange]
-    seconds: dict[str, float]  # products, memory, link, network; floor, serial
+    seconds: dict[str, float]  # products, memory, link, network; floor, ordered
     most_rows: int  # of a micro-batch, that fit; 0 where none does
     has: float  # memory of a device
 
@@ -176,7 +178,11 @@ class _At:
                 )
         wholes = [self._whole(block) for block in planner.blocks]
         self.root_whole, self.largest = self._whole(planner.root), max(wholes)
-        self.blocks_whole = sum(wholes) * planner.model.stack.depth // len(wholes)  # tied ones are gathered every time
+        # every call of a block gathers its weights and reduces its gradients: tied ones', and the sinks' own stream
+        depth = planner.model.stack.depth
+        levels = [*range(depth), *(range(depth - 1) if planner.config.num_sink_tokens else ())]
+        self.calls = [planner.blocks[i % len(wholes)] for i in levels]
+        self.calls_whole = sum(map(self._whole, self.calls))
 
     @cached_property
     def kinds(self) -> list[tuple[Measured, int]]:
@@ -228,15 +234,12 @@ class _At:
             more = (kind.given.of(rows) + kind.peak.of(rows) - kind.saved.of(rows) for kind in kinds)
             beside = max(head, *more)
         whole = self.root_whole + (3 if held else 4) * self.largest if self.cut else 0
-        moments = {  # forward and backward; what is the model's own at the end of backward; the optimizers
-            "whole": (kept, whole, beside),
-            "end": (0, (3 - held) * self.root_whole if self.cut else 0, 0),
-            "step": (0, 0, self._stepping()),
-        }
-        kept, whole, beside = max(moments.values(), key=sum)
+        step = (3 - held) * self.root_whole if self.cut else 0, self._stepping()  # backward's end; the optimizers'
+        more = max(0, max(step) - kept - whole - beside)
+        reserve = int(self.planner.cluster.reserve)
         return self.standing(held) | dict(
-            activations=kept, gathered=whole, working=beside, reserve=int(self.planner.cluster.reserve)
-        )
+            activations=kept, gathered=whole, working=beside, step=more, reserve=reserve
+        )  # fmt: skip
 
     def _stepping(self) -> int:
         """Muon's updates, and the matrices of one shape put together, stacked, padded, made orthogonal, exchanged."""
@@ -254,9 +257,9 @@ class _At:
         owners, line = Group(self.parts, 1), Group(self.sequence, 1)
         copies, world = Group(self.replicate, self.parts), Group(self.n, 1)
         if self.cut:
-            gathered = accumulate * (self.root_whole + 2 * self.blocks_whole)
-            whole = self._whole(self.weights, learning=True)
-            cut = sum(self.local(w) for w in self.weights if w.learns)
+            gathered = accumulate * (self.root_whole + 2 * self.calls_whole)
+            whole = sum(self._whole(unit, learning=True) for unit in (self.planner.root, *self.calls))
+            cut = whole // self.parts + sum(self.local(w) for w in self.weights if w.learns and self._is_apart(w))
             found += [
                 Exchange("weights", "all_gather", owners, gathered),
                 Exchange("gradients", "reduce_scatter", owners, whole),
@@ -267,6 +270,7 @@ class _At:
             for ways, exchanged in ((2 if checkpointing else 1, kind.forward), (1, kind.backward)):
                 for (name, how), size in exchanged.items():
                     payload = times * ways * accumulate * size.of(rows)
+                    payload *= groups[name].size if how == "all_gather" else 1
                     found.append(Exchange(name, how, groups[name], payload))
         counts = 4 * sum(times * kind.counts for kind, times in self.kinds)
         found.append(Exchange("counts", "all_reduce", world, 2 * accumulate * counts))
@@ -291,7 +295,7 @@ class _At:
         once = planner.cost.flops_per_token
         each = 4 * once - head if checkpointing else 3 * once
         products = rows * planner.length * each / self.n + planner.optimizer_flops / self.parts
-        whole = self.root_whole + self.blocks_whole + sum(self.local(w) for w in self.weights if self._is_apart(w))
+        whole = self.root_whole + self.calls_whole + sum(self.local(w) for w in self.weights if self._is_apart(w))
         own = [self.local(w) for w in self.weights if w.learns]
         states = sum(self.local(w) * w.states for w in self.weights if w.learns)
         moved = accumulate * (3 if checkpointing else 2) * whole + 3 * sum(own) + 2 * states  # w read, written, g read
@@ -300,16 +304,18 @@ class _At:
             products=products / cluster.flops[planner.precision], memory=moved / cluster.memory_bandwidth,
             link=sum(x for x, _ in passes) / cluster.link, network=sum(x for _, x in passes) / cluster.network,
         )  # fmt: skip
-        serial = max(times["products"], times["memory"]) + times["link"] + times["network"]
-        return times | dict(floor=max(times.values()), serial=serial)
+        each = [max(link / cluster.link, network / cluster.network) for link, network in passes]
+        beside = sum(x for x, exchange in zip(each, exchanges, strict=True) if exchange.what in BESIDE)
+        ordered = max(times["products"], times["memory"], beside) + sum(each) - beside
+        return times | dict(floor=max(times.values()), ordered=ordered)
 
     def _is_apart(self, w: Weight) -> bool:
         return self.apart and w.by_expert
 
 
-def _head_run(tail: nn.Module, x: Tensor, span: object) -> list[Tensor]:
+def _head_run(tail: nn.Module, x: Tensor, span: object) -> tuple[list[Tensor], int]:
     targets = torch.empty(x.shape[:2], dtype=torch.int64)
-    return [cross_entropy(tail["head"], tail["norm"](x), targets)]
+    return [cross_entropy(tail["head"], tail["norm"](x), targets)], 0
 
 
 def _stepped(

@@ -72,17 +72,17 @@ class Where(NamedTuple):
     sinks: int
 
 
-Run = Callable[[nn.Module, Tensor, Span], list[Tensor]]  # -> what gradients come back to, then what is counted
+Run = Callable[[nn.Module, Tensor, Span], tuple[list[Tensor], int]]  # -> outputs, and how many numbers are counts
 
 
-def block_run(block: nn.Module, x: Tensor, span: Span) -> list[Tensor]:
+def block_run(block: nn.Module, x: Tensor, span: Span) -> tuple[list[Tensor], int]:
     """A block of the stack, and the sinks' own stream through it, which no rank has a part of."""
     y, _, stats = block(x, span)
     outputs = [y, *stats.values()]
     if span.sinks is not None:
         with imagined(1):
             outputs.append(block(span.sinks[None], Span.of_sinks(span.sinks[None]))[0])
-    return outputs
+    return outputs, sum(y.numel() for y in stats.values())
 
 
 def measure(module: nn.Module, run: Run, width: int, where: Where) -> Measured:
@@ -126,9 +126,11 @@ def _measure(module: nn.Module, run: Run, width: int, where: Where, rows: int) -
             sinks = torch.empty(where.sinks, width, requires_grad=True)
         span = Span(positions, sinks=sinks)
         with imagined(where.sequence) as split, imagined_owners(where.owners) as owners:
-            with _Live() as live, precision(), saved_tensors_hooks(lambda t: None, lambda t: t):
-                run(module, x, span)
-                cached = live.now
+            cached = 0
+            if where.lower:
+                with Live() as live, precision(), saved_tensors_hooks(lambda t: None, lambda t: t):
+                    run(module, x, span)
+                    cached = live.now
             storages: dict[int, torch.UntypedStorage] = {}
 
             def pack(t: Tensor) -> Tensor:
@@ -138,10 +140,10 @@ def _measure(module: nn.Module, run: Run, width: int, where: Where, rows: int) -
                 return t.detach()  # an output that its own node kept would never go
 
             split.clear(), owners.clear()
-            with _Live() as live:
+            with Live() as live:
                 with precision(), saved_tensors_hooks(pack, lambda t: t):
-                    outputs = run(module, x, span)
-                saved, counts = sum(s.nbytes() for s in storages.values()), sum(y.numel() for y in outputs[1:])
+                    outputs, counts = run(module, x, span)
+                saved = sum(storage.nbytes() for storage in storages.values())
                 storages.clear()
                 held, forward = live.now, _sums(split, owners)
                 split.clear(), owners.clear()
@@ -184,7 +186,7 @@ def _drop(p: Tensor) -> None:
     p.grad = None
 
 
-class _Live(TorchDispatchMode):
+class Live(TorchDispatchMode):
     """How many bytes of storages have been made inside, and are there still."""
 
     def __init__(self) -> None:

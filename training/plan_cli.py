@@ -25,6 +25,7 @@ LINES = {
     "activations": "activations kept for backward, recurrent states among them",
     "gathered": "weights gathered, gradients on their way",
     "working": "while a block or the head is at work",
+    "step": "more than that, at the end of backward or in the optimizers",
     "reserve": "reserve",
 }
 
@@ -80,8 +81,8 @@ def _search(planner: Planner, asked: Asked) -> int:
         print(f"\nthe first of them: {words_of(found.plans[0])}\n\n{plan_text(planner, found.plans[0])}")
     if found.refused:
         print("\nwhat does not fit (replicate x shard x sequence):")
-        for name, why in found.refused:
-            print(f"  {name}: {why}")
+        for why in dict.fromkeys(why for _, why in found.refused):
+            print(f"  {why}: {'; '.join(name for name, reason in found.refused if reason == why)}")
     return 0 if found.plans else 1
 
 
@@ -123,25 +124,26 @@ def plan_text(planner: Planner, plan: Plan) -> str:
     parts = ", ".join(f"{name} {times[name]:.3g}" for name in ("products", "memory", "link", "network"))
     useful = 3 * planner.cost.flops_per_token * tokens / planner.cluster.devices
     share = useful / planner.cluster.flops[planner.precision] / times["floor"]
-    floor, serial, readers = f"{times['floor']:.3g}", f"{times['serial']:.3g}", replicate * shard
+    floor, ordered, readers = f"{times['floor']:.3g}", f"{times['ordered']:.3g}", replicate * shard
     text += [
         "",
-        f"a step takes {floor} s at least ({parts}); {serial} s where exchanges do not overlap",
+        f"a step takes {floor} s at least ({parts}); {ordered} s at least as this code orders it",
         f"that is {tokens / times['floor']:,.0f} tokens/s at most, {share:.0%} of the devices' FLOP/s",
-        f"largest micro-batch that fits: {plan.most_rows:,} rows, {plan.most_rows // readers:,} to each of {readers} readers",
+        f"largest micro-batch that fits: {plan.most_rows:,} rows, {plan.most_rows // readers:,} to each of "
+        f"{readers} readers",
     ]
     return "\n".join(text)
 
 
 def found_text(plans: list[Plan]) -> str:
     """A line for each."""
-    lines = ["replicate x shard x sequence  experts   micro-batches  kept   GB    floor s  serial s"] if plans else []
+    lines = ["replicate x shard x sequence  experts   micro-batches  kept   GB    floor s  ordered s"] if plans else []
     for plan in plans:
         name, steps = " x ".join(map(str, plan.sizes)), f"{plan.accumulate} x {plan.rows}"
         kept = "no" if plan.checkpointing else "yes"
         lines.append(
             f"{name:28}  {_experts(plan):8}  {steps:13}  {kept:4}  {plan.needs / 1e9:5.1f}  "
-            f"{plan.seconds['floor']:7.3f}  {plan.seconds['serial']:8.3f}"
+            f"{plan.seconds['floor']:7.3f}  {plan.seconds['ordered']:9.3f}"
         )
     return "\n".join(lines)
 

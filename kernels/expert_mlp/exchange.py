@@ -72,7 +72,7 @@ class _Exchange(torch.autograd.Function):
     """rows, so many of them for each process -> those that each process has for this one."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, out: list[int], back: list[int], group: "dist.ProcessGroup") -> Tensor:
+    def forward(ctx, rows: Tensor, out: list[int], back: list[int], group: "dist.ProcessGroup | None") -> Tensor:
         ctx.how = out, back, group
         return _exchanged(rows, out, back, group)
 
