@@ -186,7 +186,9 @@ def test_search_finds_the_best_that_fits():
     for plan in found.plans:
         assert plan.fits and plan.rows * plan.accumulate == 16
     times = [round(plan.seconds["ordered"], 4) for plan in found.plans]
-    assert times == sorted(times) and all(plan.seconds["floor"] <= plan.seconds["ordered"] for plan in found.plans)
+    assert times == sorted(times) and all(
+        plan.seconds["floor"] <= plan.seconds["ordered"] * (1 + 1e-9) for plan in found.plans
+    )
     assert {name: why for name, why in found.refused if why.startswith(("needs", "weights, gradients"))}
     with pytest.raises(ValueError, match="tokens_per_step: expected a multiple of sequence_length=16, got 255"):
         search(planner, tokens=255, timeout_seconds=600)

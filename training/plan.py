@@ -177,7 +177,8 @@ class _At:
                     f"got {w.shape[0]}"
                 )
         wholes = [self._whole(block) for block in planner.blocks]
-        self.root_whole, self.largest = self._whole(planner.root), max(wholes)
+        self.root_whole, self.padded = self._whole(planner.root), max(wholes)
+        self.largest = max(sum(w.bytes() for w in block if not self._is_apart(w)) for block in planner.blocks)
         # every call of a block gathers its weights and reduces its gradients: tied ones', and the sinks' own stream
         depth = planner.model.stack.depth
         levels = [*range(depth), *(range(depth - 1) if planner.config.num_sink_tokens else ())]
@@ -233,7 +234,9 @@ class _At:
             kept = sum(times * kind.saved.of(rows) for kind, times in self.kinds)
             more = (kind.given.of(rows) + kind.peak.of(rows) - kind.saved.of(rows) for kind in kinds)
             beside = max(head, *more)
-        whole = self.root_whole + (3 if held else 4) * self.largest if self.cut else 0
+        # of a block weights, and its gradients if they are not held anyway; padded, what of the next one comes in, and
+        # gradients on their way
+        whole = self.root_whole + (2 - held) * self.largest + 2 * self.padded if self.cut else 0
         step = (3 - held) * self.root_whole if self.cut else 0, self._stepping()  # backward's end; the optimizers'
         more = max(0, max(step) - kept - whole - beside)
         reserve = int(self.planner.cluster.reserve)
