@@ -17,9 +17,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from seqzoo.models.causal_lm import SeqZooForCausalLM
 from seqzoo.train import configured_plan, plan_main
 from seqzoo.training.parallel import Layout
-from seqzoo.training.plan import UNDERSTOOD, Planner
+from seqzoo.training.plan import Planner
 from seqzoo.training.plan_block import Live, Where
 from seqzoo.training.plan_exchange import Cluster, Exchange, Group, on_links
+from seqzoo.training.plan_model import UNDERSTOOD
 from seqzoo.training.plan_search import search
 
 WORKER = Path(__file__).parent / "plan_worker.py"
@@ -169,9 +170,9 @@ def test_links_by_hand():
 
 
 def test_all_fields_of_a_layout_are_understood(monkeypatch):
-    """Whoever adds one to Layout says what it means for memory and exchanges, here and in training/plan.py."""
+    """Whoever adds one to Layout says what it means for memory and exchanges, here and in training/plan_layout.py."""
     assert {field.name for field in fields(Layout)} == UNDERSTOOD
-    monkeypatch.setattr("seqzoo.training.plan.UNDERSTOOD", UNDERSTOOD - {"sequence"})
+    monkeypatch.setattr("seqzoo.training.plan_model.UNDERSTOOD", UNDERSTOOD - {"sequence"})
     with pytest.raises(ValueError, match=r"got a difference in \['sequence'\]"):
         planner_of([*HYBRID, *TWO])
 
