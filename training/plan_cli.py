@@ -75,10 +75,11 @@ def main(argv: Sequence[str] | None = None, *, configured: Callable[[Sequence[st
 
 def _search(planner: Planner, asked: Asked) -> int:
     found = search(planner, tokens=asked.tokens_per_step, timeout_seconds=asked.layout.timeout_seconds)
-    print(f"\n{len(found.plans)} of {len(found.plans) + len(found.refused)} layouts fit\n")
-    print(found_text(found.plans[: asked.shown]))
+    print(f"\n{len(found.plans)} of {len(found.plans) + len(found.refused)} layouts fit")
     if found.plans:
-        print(f"\nthe first of them: {words_of(found.plans[0])}\n\n{plan_text(planner, found.plans[0])}")
+        first = found.plans[0]
+        print(f"\n{found_text(found.plans[: asked.shown])}")
+        print(f"\nthe first of them: {words_of(first)}\n\n{plan_text(planner, first)}")
     if found.refused:
         print("\nwhat does not fit (replicate x shard x sequence):")
         for why in dict.fromkeys(why for _, why in found.refused):
@@ -137,7 +138,7 @@ def plan_text(planner: Planner, plan: Plan) -> str:
 
 def found_text(plans: list[Plan]) -> str:
     """A line for each."""
-    lines = ["replicate x shard x sequence  experts   micro-batches  kept   GB    floor s  ordered s"] if plans else []
+    lines = ["replicate x shard x sequence  experts   micro-batches  kept   GB    floor s  ordered s"]
     for plan in plans:
         name, steps = " x ".join(map(str, plan.sizes)), f"{plan.accumulate} x {plan.rows}"
         kept = "no" if plan.checkpointing else "yes"
