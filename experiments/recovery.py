@@ -20,7 +20,7 @@ from seqzoo.experiments.report import CONFIGS, Report, mean, settings, spread
 from seqzoo.experiments.runs import compose_run
 from seqzoo.models import SeqZooForCausalLM
 from seqzoo.models.convert import convert
-from seqzoo.train import plain, prepare
+from seqzoo.train import plain, prepare, ranks_of
 from seqzoo.training.logbook import Logbook, records
 from seqzoo.training.progress import Progress
 from seqzoo.training.settings import Settings
@@ -95,7 +95,7 @@ def curve(overrides: list[str], folder: Path, *, after: int = 0) -> tuple[Curve,
     chosen = Settings(**plain(cfg.trainer))
     folder.mkdir(parents=True)
     with StopRequest() as stop:
-        trainer, _ = prepare(cfg, chosen, folder)
+        trainer, _ = prepare(cfg, chosen, folder, ranks_of(cfg))
         points = [(after, trainer.validate(chosen.validation_tokens)["bits_per_byte"])]
         book = Logbook(folder, 0, tensorboard=False, wandb=False, config={})
         with Progress(chosen.steps, 0, chosen.steps) as progress:

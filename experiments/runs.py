@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from seqzoo.train import plain, prepare
+from seqzoo.train import plain, prepare, ranks_of
 from seqzoo.training.logbook import Logbook
 from seqzoo.training.progress import Progress
 from seqzoo.training.settings import Settings
@@ -40,7 +40,7 @@ def trained(overrides: list[str], logbook: Callable[[Trainer, Path], Logbook] | 
     cfg = compose_run(overrides)
     with tempfile.TemporaryDirectory() as folder, StopRequest() as stop:
         chosen = Settings(**plain(cfg.trainer))
-        trainer, _ = prepare(cfg, chosen, Path(folder))
+        trainer, _ = prepare(cfg, chosen, Path(folder), ranks_of(cfg))
         boards = dict(tensorboard=False, wandb=False, config={})
         book = Logbook(Path(folder), 0, **boards) if logbook is None else logbook(trainer, Path(folder))
         with Progress(chosen.steps, 0, chosen.log_every) as progress:

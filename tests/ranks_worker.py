@@ -4,13 +4,15 @@
 
 A job: folder, overrides; perhaps `config`, another than train; `fails`, the beginning of what a ValueError must say;
 `alone`, overrides of the first process only; `die`, a list of [step or "save", n]: the last process kills itself in
-that step, or while it writes that step's checkpoint, once each.
+that step, or while it writes that step's checkpoint, once each; or ["hang", n], it never ends that step.
 """
 
 import json
 import os
 import signal
 import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -40,6 +42,8 @@ def deadly(folder: Path, moments: list) -> list:
     saves = {n for what, n in moments if what == "save"}
 
     def dying_step(self, *args):
+        if self.step in hangs and RANK == SIZE - 1:
+            time.sleep(600)
         if self.step in steps:
             once(folder / f"died-step-{self.step}")
         return step(self, *args)
@@ -49,6 +53,7 @@ def deadly(folder: Path, moments: list) -> list:
             once(folder / f"died-save-{self.step}")
         write(self)
 
+    hangs = {n for what, n in moments if what == "hang"}
     return [patch.object(Trainer, "_step", dying_step), patch.object(Saving, "_write_parts", dying_write)]
 
 
@@ -61,7 +66,8 @@ def run(job: dict) -> None:
     for one in patches:
         one.start()
     try:
-        with StopRequest() as stop:
+        hangs = any(what == "hang" for what, _ in job.get("die", []))  # and then does not heed a polite signal either
+        with nullcontext(StopRequest()) if hangs else StopRequest() as stop:
             (train if cfg.stages is None else train_in_stages)(cfg, folder, stop)
     except ValueError as error:
         if "fails" not in job or not str(error).startswith(job["fails"]):

@@ -27,7 +27,8 @@ TRAINER = dict(
     steps=12, batch_size=2, sequence_length=24, shuffle_buffer=4, device="cpu", tensorboard="false", log_every=2,
     validate_every=4, validation_tokens=200, checkpoint_every=3, final_validation_bytes=600, sample_tokens=5,
 )  # fmt: skip
-CLOCK = {"seconds", "tokens_per_second", "peak_bytes", "checkpoint"}  # what two equal runs do not share
+CLOCK = {"seconds", "tokens_per_second", "peak_bytes", "checkpoint", "data_share"}
+CLOCK |= {"tokens_per_second_per_device", "model_flops_per_second_per_device"}  # what two equal runs do not share
 
 
 def options(

@@ -149,6 +149,18 @@ def test_another_number_of_processes_goes_on(alone):
     assert_same_losses(home / "one-again", {key: loss for key, loss in expected.items() if key[1] > 4})
 
 
+def test_a_process_hangs(alone):
+    """The others give it up after their time, and everybody has written down where it was."""
+    folder = alone / "hung"
+    folder.mkdir()
+    jobs = [job(folder / "run", "parallel.timeout_seconds=6", facts=dict(die=[["hang", 2]]))]
+    with pytest.raises(AssertionError, match="(?i)time"):
+        launch(2, jobs, alone)
+    first, last = ((folder / "run" / f"rank-{rank}.trace").read_text() for rank in (0, 1))
+    assert "ranks_worker.py" in last and "in dying_step" in last  # asleep there
+    assert "trainer.py" in first and "in _backward" in first  # waiting for it
+
+
 def test_export(alone, tmp_path, capsys, monkeypatch):
     """The folder that `from_pretrained` opens has the weights of the shards; what cannot be exported is told of."""
     checkpoint = alone / "hybrid-1" / "checkpoints" / "step-00000006"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from itertools import islice
+from unittest.mock import patch
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -492,3 +493,19 @@ def test_a_signal_is_the_exit_code(number, tmp_path):
     rest = process.stdout.read()
     assert process.wait() == 128 + number
     assert f"{number.name}: stopped after step" in rest and len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
+def test_a_spike_is_skipped(tmp_path, capsys):
+    """A gradient far beyond those before changes no weight, where that is asked; the mean does not learn from it."""
+    norms = iter([1.0] * 22 + [4.0, 9.0] + [1.0] * 6)
+
+    def norm_of(params, limit):
+        torch.nn.utils.clip_grad_norm_(params, limit)
+        return torch.tensor(next(norms))
+
+    with patch("seqzoo.training.trainer.norm_of", norm_of):
+        run(tmp_path / "run", steps=30, skip_spikes=5.0, checkpoint_every=30)
+    said = capsys.readouterr().out
+    assert [line.split(":")[0] for line in said.splitlines() if " skipped: " in line] == ["step 24 skipped"], said
+    with pytest.raises(ValueError, match="trainer.skip_spikes: expected a factor above 1 or null, got 0.5"):
+        run(tmp_path / "other", skip_spikes=0.5)

@@ -6,6 +6,7 @@ sequence together (PyTorch's fully_shard, block by block), and copied over repli
 its loss the same sum over the same tokens, on any number of processes; so are the gradients, but for rounding.
 """
 
+import faulthandler
 import hashlib
 import json
 import logging
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -263,6 +265,22 @@ class Ranks:
         """Before each backward pass: only the last of a step's exchanges gradients."""
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last)
+
+    @contextmanager
+    def watched(self, folder: Path) -> Iterator[Callable[[], None]]:
+        """Training, with something to call at each step: where none comes for long, this process writes down where it
+        is, shortly before the others give it up. Who waited where is then in `folder`, rank-N.trace."""
+        if self.size == 1:
+            yield lambda: None
+            return
+        path, seconds = folder / f"rank-{self.rank}.trace", 0.8 * self.layout.timeout_seconds
+        with path.open("w") as file:
+            try:
+                yield lambda: faulthandler.dump_traceback_later(seconds, file=file)
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+                if not path.stat().st_size:
+                    path.unlink()
 
     def close(self) -> None:
         if self.sharded and dist.is_initialized():

@@ -21,6 +21,8 @@ class Settings:
         compile, gradient_checkpointing: torch.compile; activations computed again instead of kept.
         device: "cpu", "cuda", ...; None is a GPU where there is one.
         max_skips: steps in a row whose loss or gradient is not finite that end the run.
+        skip_spikes: steps whose gradient's norm is above so many times its running mean are skipped, as those that are
+            not finite are; None skips none.
         max_minutes: of training; None leaves the end to `steps`. A run that ends by the clock is not reproducible.
         log_every, validate_every, checkpoint_every: steps from one to the next; the end always counts.
         validation_tokens: of a validation on the way, spread evenly over all.
@@ -43,6 +45,7 @@ class Settings:
     gradient_checkpointing: bool
     device: str | None
     max_skips: int
+    skip_spikes: float | None
     max_minutes: float | None
     log_every: int
     validate_every: int
@@ -69,6 +72,8 @@ class Settings:
             raise ValueError(f"trainer.precision: expected one of {PRECISIONS}, got {self.precision!r}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"trainer.clip: expected a norm above 0 or null, got {self.clip}")
+        if self.skip_spikes is not None and not self.skip_spikes > 1:
+            raise ValueError(f"trainer.skip_spikes: expected a factor above 1 or null, got {self.skip_spikes}")
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise ValueError(f"trainer.max_minutes: expected minutes above 0 or null, got {self.max_minutes}")
         if not isinstance(self.prompt, str):

@@ -5,6 +5,7 @@ import logging
 import math
 import signal
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from seqzoo.data.tokenizer import Tokenizer
 from seqzoo.models.causal_lm import SeqZooForCausalLM, Stats
 from seqzoo.models.config import SeqZooConfig
 from seqzoo.training.checkpoint import Checkpoints, load_facts, load_tensors, require_same
+from seqzoo.training.closing import peak_bytes
 from seqzoo.training.evaluate import bits, evaluate
 from seqzoo.training.logbook import Logbook
 from seqzoo.training.objectives import Objective
@@ -27,6 +29,7 @@ from seqzoo.training.progress import Progress
 from seqzoo.training.schedules import Schedule
 from seqzoo.training.settings import Settings
 from seqzoo.training.sharded_checkpoint import Saving, Shards, is_sharded, load_optimizers, run_tensors
+from seqzoo.training.speed import peak_flops, shares, training_flops
 from seqzoo.training.state import (
     RNG,
     load_optimizer_tensors,
@@ -37,6 +40,7 @@ from seqzoo.training.state import (
 )
 
 log = logging.getLogger(__name__)
+MEMORY, SETTLED = 0.02, 20  # of the running mean, the weight of a step; steps before it is trusted
 VERSION_KEYS = {"transformers_version", "_name_or_path", "architectures", "dtype"}  # say how a config was written
 
 
@@ -88,6 +92,8 @@ class Trainer:
         self.window = _new_window()
         self.last_good: Path | None = None
         self.saving: Saving | None = None
+        self.usual: float | None = None  # norm of the gradient, a running mean over the steps that were taken
+        self.flops, self.peak = training_flops(model.config, length), peak_flops(ranks.device)
         if settings.gradient_checkpointing:
             # transformers renamed it on the way to 6
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -113,7 +119,8 @@ class Trainer:
             tensors = load_tensors(path)
             load_optimizer_tensors(self.model, self.optimizers, tensors, facts["optimizers"])
         self.step, self.tokens, self.seconds = facts["step"], facts["tokens"], facts["seconds"]
-        self.skips, self.window, self.last_good = facts["skips"], facts["window"], path
+        self.skips, self.window, self.last_good = facts["skips"], _new_window() | facts["window"], path
+        self.usual = facts.get("usual")
         load_random_state(tensors, facts["random"])
 
     def fit(self, logbook: Logbook, stop: Any, progress: Progress) -> None:
@@ -126,7 +133,17 @@ class Trainer:
         settings, began = self.settings, time.monotonic()
         self.model.train()
         ended = self.step >= settings.steps
+        with self.ranks.watched(self.folder) as alive:
+            self._fit(logbook, stop, progress, ended, began, alive)
+        if stop.received is not None:
+            progress.say(f"{signal.Signals(stop.received).name}: stopped after step {self.step:,}; {self._saved()}")
+
+    def _fit(
+        self, logbook: Logbook, stop: Any, progress: Progress, ended: bool, began: float, alive: Callable[[], None]
+    ) -> None:
+        settings = self.settings
         while not ended:
+            alive()
             start = time.perf_counter()
             record = self._step(progress)
             seconds = time.perf_counter() - start
@@ -149,8 +166,6 @@ class Trainer:
             if ended or due:
                 logbook.to_disk()
                 self._save(must=ended)
-        if stop.received is not None:
-            progress.say(f"{signal.Signals(stop.received).name}: stopped after step {self.step:,}; {self._saved()}")
 
     def validate(self, tokens: int | None = None) -> dict[str, float]:
         """loss [nats/token] and bits_per_byte on the validation set, or on so many tokens of it."""
@@ -162,7 +177,9 @@ class Trainer:
     def _step(self, progress: Progress) -> dict[str, Any]:
         """One optimizer step, or a skipped one; what there is to log of it."""
         factor = self.schedule(self.step)
+        began = time.perf_counter()
         batches = [next(self.batches) for _ in range(self.settings.accumulate)]
+        self.window["waited"] += time.perf_counter() - began
         stats, nats, loss = self._backward(batches)
         self.ranks.finish_gradients(self.model)
         norm = norm_of(self.params, self.settings.clip or math.inf)
@@ -171,13 +188,14 @@ class Trainer:
         read = sum(batch.num_targets for batch in batches)  # what only fills a row is no token
         self.tokens += read
         self.window["tokens"] += read
-        if math.isfinite(loss) and math.isfinite(norm):
+        if self._is_usual(loss, norm):
             for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * factor
                 optimizer.step()
             self.model.after_step(stats)
             self.skips = 0
+            self.usual = norm if self.usual is None else (1 - MEMORY) * self.usual + MEMORY * norm
             for name, value in (("nats", nats), ("steps", 1)):
                 self.window[name] += value
             for name in ("num_targets", "num_bytes"):
@@ -205,11 +223,18 @@ class Trainer:
                 stats = _pooled(stats, out.stats)
         return stats, nats, total
 
+    def _is_usual(self, loss: float, norm: float) -> bool:
+        """Whether a step is to be taken: finite, and its gradient not far beyond those before, where that is asked."""
+        spike, usual = self.settings.skip_spikes, self.usual
+        known = spike is not None and usual is not None and self.step > SETTLED
+        return math.isfinite(loss) and math.isfinite(norm) and not (known and norm > spike * usual)
+
     def _skip(self, loss: float, norm: float, progress: Progress) -> None:
         self.skips += 1
         progress.say(f"step {self.step:,} skipped: loss {loss}, gradient norm {norm}; {self.skips} in a row")
         if self.skips >= self.settings.max_skips:
-            raise RuntimeError(f"{self.skips} steps in a row were not finite, the last is {self.step}; {self._saved()}")
+            what = "not finite, or spikes" if self.settings.skip_spikes else "not finite"
+            raise RuntimeError(f"{self.skips} steps in a row were {what}, the last is {self.step}; {self._saved()}")
 
     def _log(self, logbook: Logbook, record: dict[str, Any]) -> None:
         window, stats = self.window, record.pop("stats")
@@ -224,6 +249,9 @@ class Trainer:
                 **values,
                 **record,
                 tokens_per_second=speed,
+                **shares(window["tokens"], window["seconds"], self.flops, self.ranks.size, self.peak),
+                data_share=window["waited"] / window["seconds"],
+                peak_bytes=peak_bytes(self.ranks.device),
                 seconds=self.seconds,
             )
         self.window = _new_window()
@@ -242,8 +270,9 @@ class Trainer:
         tensors, generators = random_state()
         facts = dict(
             step=self.step, tokens=self.tokens, seconds=self.seconds, skips=self.skips, window=self.window,
-            data=self.batches.state_dict(), random=generators, made_of=made_of(self.model.config, self.tokenizer),
-            optimizers=optimizer_kinds(self.model, self.optimizers), objective=self.objective.name,
+            usual=self.usual, data=self.batches.state_dict(), random=generators, objective=self.objective.name,
+            made_of=made_of(self.model.config, self.tokenizer),
+            optimizers=optimizer_kinds(self.model, self.optimizers),
         )  # fmt: skip
         if self.ranks.sharded:
             if self.saving is not None:
@@ -311,4 +340,4 @@ def _pooled(before: Stats | None, now: Stats) -> Stats:
 
 
 def _new_window() -> dict[str, float]:
-    return dict(nats=0.0, num_targets=0, num_bytes=0, steps=0, tokens=0, seconds=0.0)
+    return dict(nats=0.0, num_targets=0, num_bytes=0, steps=0, tokens=0, seconds=0.0, waited=0.0)
