@@ -14,27 +14,14 @@ No state goes in while the sequence is split, and what comes out beside the outp
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from seqzoo.kernels.exchanges import FromBefore, Gather, Ranks, Scatter, Sent, Sum, Tied
+
 WIDEST = 256  # channels of a value that every kernel takes
-
-
-class Sent(NamedTuple):
-    """One exchange, as one rank has part in it."""
-
-    what: str  # all_gather, all_to_all, shift
-    bytes: int  # of the tensor that this rank gives
-
-
-class Ranks(NamedTuple):
-    group: "dist.ProcessGroup | None"
-    rank: int
-    size: int
-    sent: list[Sent] | None = None  # where exchanges are written down instead of done
 
 
 _split: Ranks | None = None  # plain globals, of the whole process
@@ -78,19 +65,29 @@ def check_whole(op: str, state: object) -> None:
         raise ValueError(f"{op}: state: expected None while the sequence is split over ranks, got one")
 
 
-def gathered(x: Tensor) -> Tensor:
-    """x of every rank, [ranks, *x.shape], with gradients."""
-    return _Gather.apply(x, _split)
+def gathered(x: Tensor, over: Ranks | None = None) -> Tensor:
+    """x of every rank, [ranks, *x.shape], with gradients. `over`: other ranks than those the sequence is split over."""
+    return Gather.apply(x, over or _split)
 
 
-def joined(x: Tensor) -> Tensor:
+def joined(x: Tensor, over: Ranks | None = None) -> Tensor:
     """x [B, T, ...] of every rank, one after the other, [B, ranks T, ...], with gradients."""
-    return gathered(x).movedim(0, 1).flatten(1, 2)
+    return gathered(x, over).movedim(0, 1).flatten(1, 2)
+
+
+def summed(x: Tensor, over: Ranks) -> Tensor:
+    """The sum of all ranks' x, with gradients: what is learned is the sum of what is made of each one's copy."""
+    return Sum.apply(x, over.group)
+
+
+def summed_stretch(x: Tensor, over: Ranks) -> Tensor:
+    """x [B, ranks T, ...], a summand on every rank -> this rank's stretch [B, T, ...] of the sum, with gradients."""
+    return Scatter.apply(x.unflatten(1, (over.size, -1)).movedim(1, 0), over)
 
 
 def from_before(x: Tensor) -> Tensor:
     """x of the rank before, zeros for the first, with gradients."""
-    return _FromBefore.apply(x, _split)
+    return FromBefore.apply(x, _split)
 
 
 def open_until_end(starts: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:
@@ -116,7 +113,7 @@ def memory_before(end: Tensor, moves: Callable[[Tensor, Tensor], Tensor], transi
         moves: transition, memory -> the memory moved.
     """
     V, parts = end.shape[-1], gathered(torch.cat([end, transition.to(end.dtype)], dim=-1))
-    memory = _Tied.apply(torch.zeros_like(end), parts)
+    memory = Tied.apply(torch.zeros_like(end), parts)
     for part in parts[: _split.rank]:
         memory = part[..., :V] + moves(part[..., V:], memory)
     return memory
@@ -165,80 +162,5 @@ def pooled(counts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     if _pool is None or not flat:
         return counts
     sizes = [x.numel() for x in flat]
-    sums = iter(_Sum.apply(torch.cat([x.flatten() for x in flat]), _pool).split(sizes))
+    sums = iter(Sum.apply(torch.cat([x.flatten() for x in flat]), _pool).split(sizes))
     return [{name: next(sums).clone().view_as(x) for name, x in block.items()} for block in counts]
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: "dist.ProcessGroup") -> Tensor:
-        ctx.group = group
-        x = x.clone()
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx, d: Tensor) -> tuple[Tensor, None]:
-        d = d.clone()
-        dist.all_reduce(d, group=ctx.group)
-        return d, None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, split: Ranks) -> Tensor:
-        ctx.split = split
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(split.size)]
-        if split.sent is None:
-            dist.all_gather(parts, x.contiguous(), group=split.group)
-        else:
-            split.sent.append(Sent("all_gather", x.nbytes))
-        return torch.stack(parts)
-
-    @staticmethod
-    def backward(ctx, d: Tensor) -> tuple[Tensor, None]:
-        """Each rank gets what all others owe to its x."""
-        owed = torch.empty_like(d, memory_format=torch.contiguous_format)
-        if ctx.split.sent is None:
-            dist.all_to_all_single(owed, d.contiguous(), group=ctx.split.group)
-        else:
-            ctx.split.sent.append(Sent("all_to_all", d.nbytes))
-        return owed.sum(0), None
-
-
-class _Tied(torch.autograd.Function):
-    """x, with parts in its history: backward, where all ranks must meet, comes by though nothing of them is used."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, parts: Tensor) -> Tensor:
-        ctx.shape = parts.shape
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, d: Tensor) -> tuple[Tensor, Tensor]:
-        return d, d.new_zeros(()).expand(ctx.shape)
-
-
-class _FromBefore(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, split: Ranks) -> Tensor:
-        ctx.split = split
-        return _shifted(x, split, by=1)
-
-    @staticmethod
-    def backward(ctx, d: Tensor) -> tuple[Tensor, None]:
-        return _shifted(d, ctx.split, by=-1), None
-
-
-def _shifted(x: Tensor, split: Ranks, *, by: int) -> Tensor:
-    """x of rank - by; zeros where there is none."""
-    x, found, pending = x.contiguous(), torch.zeros_like(x, memory_format=torch.contiguous_format), []
-    if split.sent is not None:
-        split.sent.append(Sent("shift", x.nbytes))
-        return found
-    for way, tensor, peer in ((dist.isend, x, split.rank + by), (dist.irecv, found, split.rank - by)):
-        if 0 <= peer < split.size:
-            pending.append(dist.P2POp(way, tensor, dist.get_global_rank(split.group, peer), split.group))
-    for request in dist.batch_isend_irecv(pending):
-        request.wait()
-    return found

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqzoo.kernels.causal_attention import causal_attention
+from seqzoo.layers.heads import Heads
 from seqzoo.layers.linear import Linear
 from seqzoo.layers.norm import RMSNorm, check_eps
 from seqzoo.layers.rope import Scaling, check_scaling, rotate, turns
@@ -108,6 +109,10 @@ class SoftmaxHeads(nn.Module):
             head_width * (heads if self.norms_jointly else 1), norm_eps, zero_centred=QK_NORMS[qk_norm]
         )  # fmt: skip
         self.q_norm, self.k_norm = norm(num_heads), norm(num_kv_heads)
+
+    def heads(self) -> Heads | None:
+        """How it is dealt over processes."""
+        return None if self.norms_jointly else Heads(("num_heads", "num_kv_heads"))
 
     def init_kept(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> Kept:
         S = self.window or 0

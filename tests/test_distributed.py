@@ -24,10 +24,13 @@ from seqzoo.training.sharded_checkpoint import Shards
 WORKER = Path(__file__).parent / "ranks_worker.py"
 SINKS = [
     "model=spikingbrain_parallel_nano", "model.hidden_size=16", "model.channels.moe.num_experts=4",
-    "model.channels.moe.expert_width=8", "model.channels.mlp.width=24",
+    "model.channels.moe.expert_width=8", "model.channels.mlp.width=24", "model.channels.moe.shared_width=8",
 ]  # fmt: skip
+for branch in ("near.branches.linear", "near.branches.window", "far.branches.linear", "far.branches.full"):
+    SINKS += [f"model.mixers.{branch}.num_heads=4", f"model.mixers.{branch}.num_kv_heads=2"]
 KIMI = ["model=kimi_linear_nano", "model.hidden_size=16", "model.channels.moe.num_experts=4"]
-MODELS = {"hybrid": HYBRID, "sinks": SINKS, "kimi": KIMI}
+PAIRS = ["delta.num_key_heads=2", "delta.num_value_heads=4", "full.num_kv_heads=2"]  # of heads, to be dealt to two
+MODELS = {"hybrid": [*HYBRID, *(f"model.mixers.{x}" for x in PAIRS)], "sinks": SINKS, "kimi": KIMI}
 STEPS = dict(steps=6, batch_size=4, sequence_length=24, log_every=1, validate_every=3, checkpoint_every=2, keep=9)
 ADAMW = ["optimizer=adamw", "optimizer.lr=0.001"]  # Muon makes much of what is little, and so of rounding
 MTP = ["objective=mtp", "+model.mtp={pattern: [full/moe]}", "model.channels.moe.balance_coefficient=0.1"]
@@ -81,16 +84,19 @@ def alone(home):
 
 
 def test_two_processes(alone, tmp_path):
-    """Weights cut, copies, sequences cut, experts apart; Muon; micro-batches; and what is refused before the start."""
+    """Weights cut, copies, sequences cut, heads dealt, experts apart; Muon; micro-batches; MTP; and what is refused."""
     home = alone
     jobs = [job(home / f"{model}-2", model=model) for model in MODELS]
-    jobs += [job(home / f"{model}-context", model=model, parallel="context") for model in MODELS]
+    jobs += [
+        job(home / f"{model}-{how}", model=model, parallel=how) for model in MODELS for how in ("context", "tensor")
+    ]
     jobs += [job(home / "hybrid-copies", "parallel.shard=1", parallel="hsdp")]
     jobs += [job(home / "hybrid-experts", parallel="expert")]
     jobs += [job(home / "sinks-experts", "parallel.sequence=2", model="sinks", parallel="expert")]
     jobs += [job(home / "muon-2", optimizer=["optimizer.ns_dtype=float32"], steps=2)]
     jobs += [job(home / "two-2", accumulate=2, batch_size=2, shuffle_buffer=4)]
-    jobs += [job(home / "mtp-context", *MTP, parallel="context", steps=2)]
+    jobs += [job(home / "muon-tensor", optimizer=["optimizer.ns_dtype=float32"], parallel="tensor", steps=2)]
+    jobs += [job(home / f"mtp-{how}", *MTP, parallel=how, steps=2) for how in ("context", "tensor")]
     refused = {
         "expected one configuration on all processes, got another on [1], in ['seed']": (["seed=1"], {}, {}),
         "trainer.batch_size: expected a multiple of replicate x shard=2, got 3": ([], dict(batch_size=3), {}),
@@ -100,7 +106,13 @@ def test_two_processes(alone, tmp_path):
         "trainer.sequence_length: expected a multiple of sequence=2, got 25": (
             [], dict(sequence_length=25), dict(parallel="context"),
         ),
-        "parallel: expected replicate x shard x sequence to be the 2 processes, got 2 x None x 2": (
+        "trainer.sequence_length: expected a multiple of sequence=1 x tensor=2, got 25": (
+            [], dict(sequence_length=25), dict(parallel="tensor"),
+        ),
+        "attention.num_kv_heads: expected a multiple of parallel.tensor=2, got 1; change either": (
+            ["model.mixers.full.num_kv_heads=1"], {}, dict(parallel="tensor"),
+        ),
+        "parallel: expected replicate x shard x sequence x tensor to be the 2 processes, got 2 x None x 2 x 1": (
             ["parallel.replicate=2"], {}, dict(parallel="context"),
         ),
     }  # fmt: skip
@@ -109,20 +121,23 @@ def test_two_processes(alone, tmp_path):
         jobs += [job(home / f"refused-{i}", *([] if facts["alone"] else more), facts=facts, **how, **trainer)]
     launch(2, jobs, home)
     for model in MODELS:
-        for name in (f"{model}-2", f"{model}-context"):
+        for name in (f"{model}-2", f"{model}-context", f"{model}-tensor"):
             assert_same_losses(home / name, losses(home / f"{model}-1"))
     for name in ("hybrid-copies", "hybrid-experts", "sinks-experts"):
         assert_same_losses(home / name, losses(home / f"{name.partition('-')[0]}-1"))
-    assert_same_losses(home / "muon-2", losses(home / "muon-1"))
+    for name in ("muon-2", "muon-tensor"):
+        assert_same_losses(home / name, losses(home / "muon-1"))
     assert_same_losses(home / "two-2", losses(home / "two-1"))
-    assert_same_losses(home / "mtp-context", losses(home / "mtp-1"))
-    one, two = (Shards(home / f"hybrid-{n}" / "checkpoints" / "step-00000002") for n in (1, 2))
-    assert one.index.keys() == two.index.keys()
-    assert {part["file"] for entry in two.index.values() for part in entry["parts"]} == {
-        f"shards/rank-0000{rank}.safetensors" for rank in (0, 1)
-    }
-    for name in one.index:
-        torch.testing.assert_close(two.read(name), one.read(name), atol=1e-4, rtol=1e-3, msg=name)
+    for name in ("mtp-context", "mtp-tensor"):
+        assert_same_losses(home / name, losses(home / "mtp-1"))
+    one, *others = (Shards(home / f"hybrid-{n}" / "checkpoints" / "step-00000002") for n in (1, 2, "tensor"))
+    for two in others:
+        assert one.index.keys() == two.index.keys()
+        assert {part["file"] for entry in two.index.values() for part in entry["parts"]} == {
+            f"shards/rank-0000{rank}.safetensors" for rank in (0, 1)
+        }
+        for name in one.index:
+            torch.testing.assert_close(two.read(name), one.read(name), atol=1e-4, rtol=1e-3, msg=name)
 
 
 def test_another_number_of_processes_goes_on(alone):
@@ -139,14 +154,17 @@ def test_another_number_of_processes_goes_on(alone):
 
     layouts = dict(cut=["parallel=hsdp"], stretches=["parallel=context"])
     layouts |= dict(experts=["parallel=expert", "parallel.replicate=2", "parallel.sequence=2"])
+    layouts |= dict(heads=["parallel=tensor"], all=["parallel=expert", "parallel.sequence=2", "parallel.tensor=2"])
+    layouts |= dict(copies=["parallel=tensor", "parallel.replicate=2"])
     jobs = [job(from_step(f"four-{n}", last, 2), *more, resume="auto") for n, more in layouts.items()]
     launch(4, jobs, home)
     after = {key: loss for key, loss in expected.items() if key[1] > 2}
     for name in layouts:
         assert_same_losses(home / f"four-{name}", after)
-    theirs = home / "four-cut" / "checkpoints"
-    launch(1, [job(from_step("one-again", theirs, 4), resume="auto")], home)
-    assert_same_losses(home / "one-again", {key: loss for key, loss in expected.items() if key[1] > 4})
+    again = [from_step(f"one-{n}", home / f"four-{n}" / "checkpoints", 4) for n in ("cut", "all")]
+    launch(1, [job(folder, resume="auto") for folder in again], home)
+    for folder in again:
+        assert_same_losses(folder, {key: loss for key, loss in expected.items() if key[1] > 4})
 
 
 def test_a_process_hangs(alone):

@@ -499,11 +499,11 @@ def test_a_spike_is_skipped(tmp_path, capsys):
     """A gradient far beyond those before changes no weight, where that is asked; the mean does not learn from it."""
     norms = iter([1.0] * 22 + [4.0, 9.0] + [1.0] * 6)
 
-    def norm_of(params, limit):
+    def clip_norm(params, limit):
         torch.nn.utils.clip_grad_norm_(params, limit)
         return torch.tensor(next(norms))
 
-    with patch("seqzoo.training.trainer.norm_of", norm_of):
+    with patch("seqzoo.training.trainer.clip_norm", clip_norm):
         run(tmp_path / "run", steps=30, skip_spikes=5.0, checkpoint_every=30)
     said = capsys.readouterr().out
     assert [line.split(":")[0] for line in said.splitlines() if " skipped: " in line] == ["step 24 skipped"], said

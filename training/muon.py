@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from seqzoo.training.sharded import local, part_of, whole
+from seqzoo.training.sharded import cuts_of, local, part_of, shape_of, whole
+from seqzoo.training.split import split_of
 
 NS_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the polynomial a, b, c: steepest at zero
@@ -96,7 +97,7 @@ class Muon(torch.optim.Muon):
         updates = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
         torch._foreach_mul_(mine, 1 - group["lr"] * group["weight_decay"])
         for places in _by_shape(params):
-            rows, columns = params[places[0]].shape[-2:]
+            rows, columns = _shape(params[places[0]])[-2:]
             some = [_matrices(updates[i], params[i]) for i in places]
             dtype = _dtype(group["ns_dtype"], some[0].device)
             run = lambda x, dtype=dtype: orthogonal(x, group["ns_steps"], group["eps"], dtype)
@@ -130,18 +131,29 @@ def _by_shape(params: list[Tensor]) -> list[list[int]]:
     """A stack of matrices that is cut over processes has whole ones on each: it is no one's to deal."""
     places = defaultdict(list)
     for i, p in enumerate(params):
-        places[p.shape[-2:], p.dtype, p.device, p.ndim if isinstance(p, DTensor) else 0].append(i)
+        places[_shape(p)[-2:], p.dtype, p.device, cuts_of(p), p.ndim if isinstance(p, DTensor) else 0].append(i)
     return list(places.values())
+
+
+def _shape(p: Tensor) -> tuple[int, ...]:
+    """Of the whole."""
+    return shape_of(p, split_of(p))
 
 
 def _matrices(update: Tensor, p: Tensor) -> Tensor:
     """The matrices [n, out, in] of which an update has a part: itself, or of a matrix cut over processes all of it."""
-    return (whole(update, p) if p.ndim == 2 else update).reshape(-1, *p.shape[-2:])
+    split = split_of(p)
+    if p.ndim == 2:
+        return whole(update, p, split)[None]
+    return update if split is None else split.give(update)
 
 
 def _part(piece: Tensor, p: Tensor) -> Tensor:
     """The part here of what `_matrices` gave."""
-    return part_of(piece[0], p) if p.ndim == 2 else piece
+    split = split_of(p)
+    if p.ndim == 2:
+        return part_of(piece[0], p, split)
+    return piece if split is None else split.take(piece)
 
 
 def _dealt(stack: Tensor, p: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from seqzoo.training.muon import Muon
+from seqzoo.training.sharded import cuts_of
 
 CONV = r"\bconv\.weight$"  # a filter per channel: two dimensions, and yet no matrix
 
@@ -60,8 +61,20 @@ def _adamw(
 ) -> Optimizer:
     matrices = [p for name, p in named if _is_matrix(name, p)]
     vectors = [p for name, p in named if not _is_matrix(name, p)]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return AdamW([group for group in groups if group["params"]], lr=lr, betas=tuple(betas), eps=eps, fused=True)
+    groups = [
+        {"params": params, "weight_decay": decay}
+        for kind, decay in ((matrices, weight_decay), (vectors, 0.0))
+        for params in _by_cut(kind)
+    ]
+    return AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, fused=True)
+
+
+def _by_cut(params: list[Tensor]) -> list[list[Tensor]]:
+    """Those that are cut over the same processes: a fused step is of one mesh."""
+    found: dict[int, list[Tensor]] = {}
+    for p in params:
+        found.setdefault(cuts_of(p), []).append(p)
+    return list(found.values())
 
 
 def _is_matrix(name: str, p: Tensor) -> bool:

@@ -1,9 +1,10 @@
 """One run on many processes: which of them has what, and how they meet. Models know nothing of it.
 
-The processes that torchrun starts are a mesh of replicate x shard x sequence. A row of a batch is read by the processes
-of one (replicate, shard), a stretch of its tokens by each of their `sequence` ranks. Weights are cut over shard and
-sequence together (PyTorch's fully_shard, block by block), and copied over replicate. A micro-batch is the same rows,
-its loss the same sum over the same tokens, on any number of processes; so are the gradients, but for rounding.
+The processes that torchrun starts are a mesh of replicate x shard x sequence x tensor. A row of a batch is read by the
+processes of one (replicate, shard), a stretch of its tokens by each of their sequence x tensor ranks. Heads are dealt
+over tensor (`training/tensor.py`); weights are cut over shard and sequence together (PyTorch's fully_shard, block by
+block), and copied over replicate. A micro-batch is the same rows, its loss the same sum over the same tokens, on any
+number of processes; so are the gradients, but for rounding.
 """
 
 import faulthandler
@@ -11,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +29,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from seqzoo.data.packing import IGNORED, Batch
 from seqzoo.kernels.across import pool_counts, split_sequence
 from seqzoo.models.causal_lm import SeqZooForCausalLM
-from seqzoo.training.sharded import fill
+from seqzoo.training.sharded import blocks_of, cuts_of
+from seqzoo.training.tensor import Over, Tensors, share_gradients
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Layout:
         shard: processes that share one copy of the weights; None is all that are left.
         replicate: copies of the weights.
         sequence: processes over which every sequence is cut.
+        tensor: processes over which heads are dealt, of the parts that have heads, or hidden units.
         expert_parallel: experts stay where they are, shard x sequence processes having some of them each, and tokens go
             to them; else the experts' weights are gathered as all others are.
         timeout_seconds: that a process waits for another.
@@ -50,33 +52,34 @@ class Layout:
     shard: int | None
     replicate: int
     sequence: int
+    tensor: int
     expert_parallel: bool
     timeout_seconds: int
 
     def __post_init__(self) -> None:
-        for name in ("shard", "replicate", "sequence", "timeout_seconds"):
+        for name in ("shard", "replicate", "sequence", "tensor", "timeout_seconds"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"parallel.{name}: expected a whole number, at least 1, got {value!r}")
         if not isinstance(self.expert_parallel, bool):
             raise ValueError(f"parallel.expert_parallel: expected true or false, got {self.expert_parallel!r}")
-        if self.replicate is None or self.sequence is None or self.timeout_seconds is None:
-            raise ValueError("parallel: expected numbers for replicate, sequence and timeout_seconds, got null")
+        if None in (self.replicate, self.sequence, self.tensor, self.timeout_seconds):
+            raise ValueError("parallel: expected numbers for all but shard, got null")
 
-    def sizes(self, processes: int) -> tuple[int, int, int]:
-        """Of the mesh: replicate, shard, sequence.
+    def sizes(self, processes: int) -> tuple[int, int, int, int]:
+        """Of the mesh: replicate, shard, sequence, tensor.
 
         Raises:
             ValueError: they do not make up the processes.
         """
-        rest, over = divmod(processes, self.replicate * self.sequence)
+        rest, over = divmod(processes, self.replicate * self.sequence * self.tensor)
         shard = rest if self.shard is None else self.shard
         if over or shard != rest:
             raise ValueError(
-                f"parallel: expected replicate x shard x sequence to be the {processes} processes, "
-                f"got {self.replicate} x {self.shard} x {self.sequence}"
+                f"parallel: expected replicate x shard x sequence x tensor to be the {processes} processes, "
+                f"got {self.replicate} x {self.shard} x {self.sequence} x {self.tensor}"
             )
-        return self.replicate, shard, self.sequence
+        return self.replicate, shard, self.sequence, self.tensor
 
 
 class Ranks:
@@ -96,6 +99,7 @@ class Ranks:
         self.sizes = layout.sizes(self.size)
         self.sharded = layout.shard is None or self.size > 1
         self.mesh: DeviceMesh | None = None
+        self.stretches = layout.sequence * layout.tensor  # of a row's tokens
         self.world = self.line = None
         if not self.sharded:
             return
@@ -109,9 +113,10 @@ class Ranks:
             store = dist.PrefixStore(f"attempt {attempt}", store)
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timeout, store=store, rank=self.rank, world_size=self.size)
-        self.mesh = init_device_mesh(device.type, self.sizes, mesh_dim_names=("replicate", "shard", "sequence"))
+        names = ("replicate", "shard", "sequence", "tensor")
+        self.mesh = init_device_mesh(device.type, self.sizes, mesh_dim_names=names)
         self.world = dist.group.WORLD
-        self.line = self.mesh.get_group("sequence") if layout.sequence > 1 else None
+        self.line = self.mesh["sequence", "tensor"]._flatten("line").get_group() if self.stretches > 1 else None
 
     @property
     def is_first(self) -> bool:
@@ -119,7 +124,10 @@ class Ranks:
         return self.rank == 0
 
     def finish_gradients(self, model: nn.Module) -> None:
-        """After a step's last backward pass: experts that stay where they are know of their own copy's tokens alone."""
+        """After a step's last backward pass: what weights that are not cut over all processes do not know yet."""
+        if self.layout.tensor > 1:
+            some = [p for p in model.parameters() if p.grad is not None and cuts_of(p) < self.writers]
+            share_gradients(some, self.mesh.get_group("tensor"))
         for module in model.modules() if self.layout.expert_parallel and self.size > 1 else ():
             for name in getattr(module, "BY_EXPERT", ()):
                 grad = getattr(module, name).grad
@@ -132,7 +140,7 @@ class Ranks:
     @property
     def writers(self) -> int:
         """The first so many processes have all weights together."""
-        return self.sizes[1] * self.sizes[2]
+        return self.sizes[1] * self.stretches
 
     @property
     def readers(self) -> int:
@@ -141,11 +149,11 @@ class Ranks:
 
     def check(self, *, rows: int, length: int) -> None:
         """Raises ValueError: rows or tokens that cannot be dealt evenly; the message names the number to change."""
-        cuts = self.layout.sequence
         if rows % self.readers:
             raise ValueError(f"trainer.batch_size: expected a multiple of replicate x shard={self.readers}, got {rows}")
-        if length % cuts:
-            raise ValueError(f"trainer.sequence_length: expected a multiple of sequence={cuts}, got {length}")
+        if length % self.stretches:
+            cuts = f"sequence={self.layout.sequence}" + (f" x tensor={self.layout.tensor}" * (self.layout.tensor > 1))
+            raise ValueError(f"trainer.sequence_length: expected a multiple of {cuts}, got {length}")
 
     def agree(self, config: dict[str, Any]) -> None:
         """Raises ValueError on every process: their configurations differ."""
@@ -164,16 +172,36 @@ class Ranks:
         """Weights block by block over the mesh; where they are on the meta device, without values."""
         if not self.sharded:
             return model
-        weights = self.mesh["shard", "sequence"]._flatten("weights")
-        mesh = weights if self.sizes[0] == 1 else DeviceMesh.from_group(
-            [self.mesh.get_group("replicate"), weights.get_group()], self.device.type,
-            mesh=self.mesh.mesh.flatten(1), mesh_dim_names=("replicate", "weights"),
-        )  # fmt: skip
-        apart = self._cut_experts(model, mesh) if self.layout.expert_parallel else set()
-        for block in model.stack.blocks:
-            fully_shard(block, mesh=mesh, ignored_params=apart)
-        fully_shard(model, mesh=mesh, ignored_params=apart)
+        tensor, over_all = self.layout.tensor, self._mesh("shard", "sequence", "tensor")
+        apart = self._cut_experts(model, over_all) if self.layout.expert_parallel else set()
+        if tensor > 1:
+            self._deal_heads(model)
+        over_some = over_all if tensor == 1 else self._mesh("shard", "sequence")  # the others have other heads
+        for block in blocks_of(model):
+            fully_shard(block, mesh=over_some, ignored_params=apart)
+        fully_shard(model, mesh=over_all, ignored_params=apart)
         return model
+
+    def _mesh(self, *names: str) -> DeviceMesh:
+        """Those whose weights are put together, and before them, if there are any, those that have copies."""
+        weights = self.mesh[names]._flatten("_".join(names))
+        if self.sizes[0] == 1:
+            return weights
+        ranks = self.mesh.mesh.movedim(3, 0)[self.mesh.get_local_rank("tensor")].flatten(1)
+        ranks = self.mesh.mesh.flatten(1) if "tensor" in names else ranks
+        groups = [self.mesh.get_group("replicate"), weights.get_group()]
+        return DeviceMesh.from_group(groups, self.device.type, mesh=ranks, mesh_dim_names=("replicate", "weights"))
+
+    def _deal_heads(self, model: SeqZooForCausalLM) -> None:
+        """Raises ValueError: heads that cannot be dealt, or matrices whose inputs are spiked."""
+        if model.config.spikes is not None or model.config.quantisation is not None:
+            raise ValueError(
+                "parallel.tensor: expected 1 for a model with spikes or int8 weights, which look at all channels"
+            )
+        group = lambda name: self.mesh.get_group(name)
+        over = Over(group("tensor"), self.mesh.get_local_rank("tensor"), self.layout.tensor)
+        sequence = group("sequence") if self.layout.sequence > 1 else None
+        Tensors(over, self.line, sequence).deal(model, leave_out=("BY_EXPERT",) if self.layout.expert_parallel else ())
 
     def _cut_experts(self, model: SeqZooForCausalLM, mesh: DeviceMesh) -> set[nn.Parameter]:
         """Stacks of experts, of which this process keeps some. Raises ValueError: a number that cannot be dealt."""
@@ -182,9 +210,9 @@ class Ranks:
             for name in getattr(module, "BY_EXPERT", ()):
                 x = getattr(module, name)
                 if len(x) % self.writers:
+                    who = "shard x sequence" + " x tensor" * (self.layout.tensor > 1)
                     raise ValueError(
-                        f"parallel.expert_parallel: expected a multiple of shard x sequence={self.writers} experts, "
-                        f"got {len(x)}"
+                        f"parallel.expert_parallel: expected a multiple of {who}={self.writers} experts, got {len(x)}"
                     )
                 here = x.detach().chunk(self.writers)[self.rank % self.writers].clone()
                 cut = DTensor.from_local(here, mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
@@ -194,7 +222,7 @@ class Ranks:
 
     def rows_here(self, rows: int) -> slice:
         """Of so many rows, a multiple of `readers`, those that this process reads."""
-        part, reader = rows // self.readers, self.rank // self.layout.sequence
+        part, reader = rows // self.readers, self.rank // self.stretches
         return slice(reader * part, (reader + 1) * part)
 
     def mine(self, batch: Batch) -> Batch:
@@ -211,9 +239,8 @@ class Ranks:
         """Of a batch of this process's rows, its stretch of tokens."""
         if self.size == 1:
             return batch
-        sequence, T = self.layout.sequence, batch.input_ids.shape[1]
-        at = self.rank % sequence
-        here = slice(at * T // sequence, (at + 1) * T // sequence)
+        at, T = self.rank % self.stretches, batch.input_ids.shape[1]
+        here = slice(at * T // self.stretches, (at + 1) * T // self.stretches)
         return Batch(*(x[:, here].contiguous() for x in batch[:3]), batch.num_targets, batch.num_bytes)
 
     @contextmanager
@@ -285,24 +312,3 @@ class Ranks:
     def close(self) -> None:
         if self.sharded and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def norm_of(params: list[Tensor], limit: float) -> Tensor:
-    """Clip the gradients to a norm over all processes -> the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(params, limit)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def first_weights(model: SeqZooForCausalLM, device: torch.device, seed: int) -> None:
-    """The weights of a new model that is on the meta device and cut: the same on any number of processes.
-
-    A unit (a block, or what is the model's own) is drawn whole, from a generator that its name and the seed say, and
-    each process keeps its parts: none ever holds more than one unit whole.
-    """
-    model.to_empty(device=device)
-    with torch.random.fork_rng(devices=[]):
-        for name, unit in [*((f"block {i}", block) for i, block in enumerate(model.stack.blocks)), ("model", model)]:
-            torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-            inside = () if unit is not model else tuple(model.stack.blocks)
-            fill(unit, model._init_weights, leave_out=inside)
-    model.tie_weights()

@@ -1,20 +1,41 @@
-"""Tensors of which a process has a part: their whole, and the part of a whole."""
+"""Tensors of which a process has a part: their whole, the part of a whole, and a norm over all parts.
 
+A part is of what PyTorch's fully_shard has cut (a DTensor), and before that, perhaps, of what its heads have left to
+this process (a `Split`).
+"""
+
+import math
+import zlib
 from collections.abc import Callable, Collection
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from seqzoo.models.causal_lm import SeqZooForCausalLM
+from seqzoo.training.split import Split, split_of, splits_of
+
 
 def place_of(x: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and offset of this process's part in the whole."""
+    """Shape and offset of this process's part in what was cut."""
     return compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
 
 
-def part_of(whole: Tensor, like: Tensor) -> Tensor:
+def cuts_of(x: Tensor) -> int:
+    """Into how many parts fully_shard has cut it."""
+    return x.device_mesh.size(x.device_mesh.ndim - 1) if isinstance(x, DTensor) else 1
+
+
+def shape_of(x: Tensor, split: Split | None) -> tuple[int, ...]:
+    """Of the whole."""
+    return tuple(x.shape) if split is None else split.whole_shape(x.shape)
+
+
+def part_of(whole: Tensor, like: Tensor, split: Split | None = None) -> Tensor:
     """What this process has of it, where `like` is cut."""
+    whole = whole if split is None else split.take(whole)
     if not isinstance(like, DTensor):
         return whole
     shape, offset = place_of(like)
@@ -26,14 +47,33 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def whole(part: Tensor, like: Tensor) -> Tensor:
+def whole(part: Tensor, like: Tensor, split: Split | None = None) -> Tensor:
     """From the parts of all processes, cut as `like` is."""
-    if not isinstance(like, DTensor):
-        return part
-    made = DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
-    return made.full_tensor()
+    if isinstance(like, DTensor):
+        part = DTensor.from_local(
+            part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        ).full_tensor()
+    return part if split is None else split.give(part)
+
+
+def blocks_of(model: SeqZooForCausalLM) -> list[nn.Module]:
+    """The blocks whose weights are cut one after the other: the stack's, and then multi-token prediction's."""
+    return [*model.stack.blocks, *(() if model.mtp is None else model.mtp.stack.blocks)]
+
+
+def first_weights(model: SeqZooForCausalLM, device: torch.device, seed: int) -> None:
+    """The weights of a new model that is on the meta device and cut: the same on any number of processes.
+
+    A unit (a block, or what is the model's own) is drawn whole, from a generator that its name and the seed say, and
+    each process keeps its parts: none ever holds more than one unit whole.
+    """
+    model.to_empty(device=device)
+    blocks = blocks_of(model)
+    with torch.random.fork_rng(devices=[]):
+        for name, unit in [*((f"block {i}", block) for i, block in enumerate(blocks)), ("model", model)]:
+            torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            fill(unit, model._init_weights, leave_out=() if unit is not model else blocks)
+    model.tie_weights()
 
 
 @torch.no_grad()
@@ -45,23 +85,47 @@ def fill(unit: nn.Module, init: Callable[[nn.Module], None], *, leave_out: Colle
         init: sets a module's own tensors.
         leave_out: modules inside that are units of their own.
     """
-    skipped = {id(module) for part in leave_out for module in part.modules()}
-    modules = [module for module in unit.modules() if id(module) not in skipped]
-    kept: list[tuple[dict, str, Tensor]] = []
+    skipped, splits = {id(module) for part in leave_out for module in part.modules()}, splits_of(unit)
+    modules = {name: module for name, module in unit.named_modules() if id(module) not in skipped}
+    kept: list[tuple[dict, str, Tensor, Split | None]] = []
     seen: dict[int, Tensor] = {}
-    for module in modules:
+    for prefix, module in modules.items():
         for owned in (module._parameters, module._buffers):
             for name, x in owned.items():
                 if x is not None:
-                    kept.append((owned, name, x))
+                    split = splits.get(f"{prefix}.{name}" if prefix else name)
+                    kept.append((owned, name, x, split))
                     if id(x) not in seen:
-                        made = torch.empty(x.shape, dtype=x.dtype)
+                        made = torch.empty(shape_of(x, split), dtype=x.dtype)
                         seen[id(x)] = nn.Parameter(made) if owned is module._parameters else made
                     owned[name] = seen[id(x)]
     try:
-        for module in reversed(modules):  # `modules` has parents first
+        for module in reversed(modules.values()):  # `modules` has parents first
             init(module)
     finally:
-        for owned, name, x in kept:
-            local(x).copy_(part_of(owned[name], x))
+        for owned, name, x, split in kept:
+            local(x).copy_(part_of(owned[name], x, split))
             owned[name] = x
+
+
+@torch.no_grad()
+def clip_norm(params: list[Tensor], limit: float | None) -> Tensor:
+    """Clip the gradients to a norm over all processes; None does not -> the norm before.
+
+    Args:
+        params: cut over processes in any ways, or whole; one without a gradient is passed over.
+        limit: of the norm.
+    """
+    limit, params = math.inf if limit is None else limit, [p for p in params if p.grad is not None]
+    if not any(isinstance(p, DTensor) for p in params):
+        return torch.nn.utils.clip_grad_norm_(params, limit)
+    grads, world = [local(p.grad) for p in params], dist.get_world_size()
+    squares = torch.stack(torch._foreach_norm(grads)).double().square()
+    splits = [split_of(p) for p in params]
+    parts = [cuts_of(p) * (1 if split is None else split.over.size) for p, split in zip(params, splits, strict=True)]
+    total = squares @ squares.new_tensor([n / world for n in parts])  # of each part world / n processes have a copy
+    dist.all_reduce(total)
+    norm = total.sqrt()
+    if limit < math.inf:
+        torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0).to(grads[0].dtype))
+    return norm

@@ -3,7 +3,8 @@
     step-00000123/
         config.json, tokenizer...                what the model is; its weights are in the shards
         shards/rank-00000.safetensors            the parts that one process had, of weights and optimizer states
-        shards.json                              of each tensor its dtype and shape, and where which part of it lies
+        shards.json                              of each tensor its dtype and shape, and of each part where it begins in
+                                                 the tensor (`offset`), and in what the file has (`at`, if not at 0)
         training.json, manifest.json             as in a checkpoint of one process
 
 Parts are taken to the CPU at once, and written while training goes on; the folder gets its name when all are there.
@@ -26,7 +27,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from seqzoo.training.checkpoint import Checkpoints, seal, sha256
-from seqzoo.training.sharded import local, place_of
+from seqzoo.training.sharded import cuts_of, local, place_of, shape_of
+from seqzoo.training.split import Split, split_of, splits_of
 from seqzoo.training.state import OPTIMIZER, optimizer_kinds
 
 INDEX, SHARDS, WEIGHTS = "shards.json", "shards", "weights/"
@@ -53,6 +55,7 @@ class Saving:
         checkpoints: of the run.
         step: its name.
         tensors: as `run_tensors` gives them, and what else there is to keep.
+        splits: by the names of `tensors`, as `run_splits` gives them.
         facts: plain JSON.
         write_config: writes what is beside the weights into a folder; called by the first process.
         rank, writers: this process, and how many, the first ones, hold a whole copy of everything together.
@@ -61,10 +64,10 @@ class Saving:
     """
 
     def __init__(
-        self, checkpoints: Checkpoints, step: int, tensors: dict[str, Tensor], facts: dict[str, Any],
-        write_config: Callable[[str], None], *, rank: int, writers: int,
+        self, checkpoints: Checkpoints, step: int, tensors: dict[str, Tensor], splits: dict[str, Split],
+        facts: dict[str, Any], write_config: Callable[[str], None], *, rank: int, writers: int,
     ) -> None:  # fmt: skip
-        self.checkpoints, self.step, self.rank = checkpoints, step, rank
+        self.checkpoints, self.step, self.rank, self.writers = checkpoints, step, rank, writers
         self.facts, self.write_config = facts, write_config
         self.partial, self.final = checkpoints.places(step)
         self.error = self._try(lambda: checkpoints.open(self.partial)) if rank == 0 else None
@@ -73,7 +76,7 @@ class Saving:
         dist.barrier()
         self.entries: dict[str, dict[str, Any]] = {}
         self.digest: dict[str, Any] = {}
-        self.parts = dict(self._parts(tensors)) if rank < writers else {}
+        self.parts = dict(self._parts(tensors, splits)) if rank < writers else {}
         self.thread = Thread(target=self._write, daemon=True)
         self.thread.start()
 
@@ -102,18 +105,20 @@ class Saving:
             raise OSError("; ".join(told[0]))
         return self.final
 
-    def _parts(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def _parts(self, tensors: dict[str, Tensor], splits: dict[str, Split]) -> Iterator[tuple[str, Tensor]]:
         """Copies on the CPU of what this process is to write, each named in `entries`."""
         file = f"{SHARDS}/rank-{self.rank:05d}.safetensors"
         for name, x in tensors.items():
-            cut = isinstance(x, DTensor)
-            if not cut and self.rank:  # the same everywhere
+            cut, split = isinstance(x, DTensor), splits.get(name)
+            others = self.writers // cuts_of(x) if split is None else 1  # processes side by side that have the same
+            if self.rank % others:
                 continue
             shape, offset = place_of(x) if cut else (tuple(x.shape), (0,) * x.ndim)
             if 0 in shape and 0 not in x.shape:
                 continue
-            part = dict(file=file, offset=list(offset), shape=list(shape))
-            self.entries[name] = dict(dtype=str(x.dtype).removeprefix("torch."), shape=list(x.shape), parts=[part])
+            parts = [dict(file=file, **part) for part in _pieces(shape, offset, split)]
+            whole = list(shape_of(x, split))
+            self.entries[name] = dict(dtype=str(x.dtype).removeprefix("torch."), shape=whole, parts=parts)
             yield name, local(x.detach()).to("cpu", copy=True).contiguous()
 
     def _write(self) -> None:
@@ -151,6 +156,29 @@ class Saving:
         return None
 
 
+def run_splits(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Split]:
+    """Of what `run_tensors` gives: as the parameter is split, so is what an optimizer remembers of all its places."""
+    shapes, splits = {name: x.shape for name, x in model.named_parameters()}, splits_of(model)
+    found = {f"{WEIGHTS}{name}": split for name, split in splits.items()}
+    for key, x in tensors.items():
+        if key.startswith(OPTIMIZER):
+            name = key.removeprefix(OPTIMIZER).rpartition("/")[0]
+            if name in splits and x.shape == shapes[name]:
+                found[key] = splits[name]
+    return found
+
+
+def _pieces(shape: tuple[int, ...], offset: tuple[int, ...], split: Split | None) -> Iterator[dict[str, list[int]]]:
+    """Where a part of so many places from `offset` on lies in the whole, piece by piece, and each piece in the part."""
+    if split is None:
+        yield dict(offset=list(offset), shape=list(shape))
+        return
+    dim, none = split.dim, [0] * len(shape)
+    put = lambda places, value: [*places[:dim], value, *places[dim + 1 :]]
+    for here, there, n in split.runs(offset[dim], shape[dim]):
+        yield dict(offset=put(offset, there), shape=put(shape, n), at=put(none, here))
+
+
 class Shards:
     """The tensors of a sharded checkpoint, read as they are needed. Raises ValueError: an index that is no index."""
 
@@ -178,7 +206,8 @@ class Shards:
             high = [min(a + n, b + m) for a, n, b, m in zip(offset, shape, part["offset"], part["shape"], strict=True)]
             if any(h <= at for h, at in zip(high, low, strict=True)):
                 continue
-            there = tuple(slice(a - b, h - b) for a, h, b in zip(low, high, part["offset"], strict=True))
+            begins = [b - at for b, at in zip(part["offset"], part.get("at", [0] * len(shape)), strict=True)]
+            there = tuple(slice(a - b, h - b) for a, h, b in zip(low, high, begins, strict=True))
             here = tuple(slice(a - b, h - b) for a, h, b in zip(low, high, offset, strict=True))
             with safe_open(self.path / part["file"], "pt") as file:
                 x = file.get_slice(name)[there] if there else file.get_tensor(name)
@@ -188,19 +217,22 @@ class Shards:
             raise ValueError(f"{self.path}: {name}: expected parts of {found.numel()} numbers, got {filled}")
         return found
 
-    def like(self, name: str, x: Tensor) -> Tensor:
+    def like(self, name: str, x: Tensor, split: Split | None = None) -> Tensor:
         """What this process needs, where x is cut. Raises ValueError: as `read`, or a tensor of another shape."""
-        if name in self.index and tuple(self.index[name]["shape"]) != tuple(x.shape):
-            raise ValueError(f"{name}: expected shape {tuple(x.shape)}, got {self.index[name]['shape']}")
-        return self.read(name, *place_of(x)) if isinstance(x, DTensor) else self.read(name)
+        wanted = shape_of(x, split)
+        if name in self.index and tuple(self.index[name]["shape"]) != wanted:
+            raise ValueError(f"{name}: expected shape {wanted}, got {self.index[name]['shape']}")
+        shape, offset = place_of(x) if isinstance(x, DTensor) else (tuple(x.shape), (0,) * x.ndim)
+        pieces = [self.read(name, piece["shape"], piece["offset"]) for piece in _pieces(shape, offset, split)]
+        return torch.cat(pieces, split.dim) if len(pieces) > 1 else pieces[0] if pieces else x.new_empty(shape)
 
 
 @torch.no_grad()
 def load_weights(path: Path, model: nn.Module) -> None:
     """Into a model of the same configuration, cut or whole. Raises ValueError: tensors that do not fit."""
-    shards = Shards(path)
+    shards, splits = Shards(path), splits_of(model)
     for name, x in model.state_dict().items():
-        local(x).copy_(shards.like(f"{WEIGHTS}{name}", x))
+        local(x).copy_(shards.like(f"{WEIGHTS}{name}", x, splits.get(name)))
 
 
 def load_optimizers(path: Path, model: nn.Module, optimizers: list[Optimizer], kinds: dict[str, str]) -> None:
@@ -227,10 +259,11 @@ def load_optimizers(path: Path, model: nn.Module, optimizers: list[Optimizer], k
 def _memory(shards: Shards, name: str, one: str, p: Tensor) -> Tensor:
     """Of the parameter's shape, and then cut as it is; or a number."""
     key = f"{OPTIMIZER}{name}/{one}"
-    if tuple(shards.index[key]["shape"]) != tuple(p.shape) or not p.ndim:
+    split = split_of(p)
+    if tuple(shards.index[key]["shape"]) != shape_of(p, split) or not p.ndim:
         return shards.read(key)
     made = torch.zeros_like(p)
-    local(made).copy_(shards.like(key, p))
+    local(made).copy_(shards.like(key, p, split))
     return made
 
 

@@ -24,12 +24,14 @@ from seqzoo.training.closing import peak_bytes
 from seqzoo.training.evaluate import bits, evaluate
 from seqzoo.training.logbook import Logbook
 from seqzoo.training.objectives import Objective
-from seqzoo.training.parallel import Ranks, norm_of
+from seqzoo.training.parallel import Ranks
 from seqzoo.training.progress import Progress
 from seqzoo.training.schedules import Schedule
 from seqzoo.training.settings import Settings
-from seqzoo.training.sharded_checkpoint import Saving, Shards, is_sharded, load_optimizers, run_tensors
+from seqzoo.training.sharded import clip_norm
+from seqzoo.training.sharded_checkpoint import Saving, Shards, is_sharded, load_optimizers, run_splits, run_tensors
 from seqzoo.training.speed import peak_flops, shares, training_flops
+from seqzoo.training.split import mark_splits
 from seqzoo.training.state import (
     RNG,
     load_optimizer_tensors,
@@ -85,6 +87,7 @@ class Trainer:
         self.validation = ValidationRows(corpus.validation, tokenizer, length=length, limit=limit)
         self.checkpoints = Checkpoints(folder / "checkpoints", settings.keep, settings.milestone_every)
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        mark_splits(model)  # not before the model is where it stays: a move makes new parameters
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.step = self.skips = 0
         self.tokens = 0  # read in steps, also in skipped ones
@@ -182,7 +185,7 @@ class Trainer:
         self.window["waited"] += time.perf_counter() - began
         stats, nats, loss = self._backward(batches)
         self.ranks.finish_gradients(self.model)
-        norm = norm_of(self.params, self.settings.clip or math.inf)
+        norm = clip_norm(self.params, self.settings.clip)
         nats, loss, norm = (*self.ranks.sum(torch.stack([nats, loss])).tolist(), norm.item())
         self.step += 1
         read = sum(batch.num_targets for batch in batches)  # what only fills a row is no token
@@ -278,8 +281,8 @@ class Trainer:
             if self.saving is not None:
                 self._finish_saving(must=False)
             tensors |= run_tensors(self.model, self.optimizers)
-            whole = dict(rank=self.ranks.rank, writers=self.ranks.writers)
-            self.saving = Saving(self.checkpoints, self.step, tensors, facts, self._write_config, **whole)
+            splits, whole = run_splits(self.model, tensors), dict(rank=self.ranks.rank, writers=self.ranks.writers)
+            self.saving = Saving(self.checkpoints, self.step, tensors, splits, facts, self._write_config, **whole)
             if must:
                 self._finish_saving(must=True)
             return

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from seqzoo.kernels.expert_mlp import expert_mlp
+from seqzoo.layers.heads import Heads
 from seqzoo.layers.linear import Linear
 from seqzoo.layers.mlp import GatedMLP
 from seqzoo.layers.precision import wide
@@ -96,6 +97,13 @@ class MoE(nn.Module):
                 nn.init.normal_(own, std=std)
         if self.expert_bias is not None:
             nn.init.zeros_(self.expert_bias)
+
+    def heads(self) -> Heads | None:
+        """How it is dealt over processes: some hidden units of every expert."""
+        if self.experts is not None:  # int8, scaled in groups
+            return None
+        width = self.down_proj.shape[2]
+        return Heads(("expert_width", "shared_width"), {"gate_up_proj": [width, width]})
 
     def forward(self, x: Tensor, span: Span | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """x [B, T, D] -> y [B, T, D], and sums over the tokens that are not padding.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from seqzoo.kernels.kimi_delta_rule import kimi_delta_rule
 from seqzoo.layers.conv import CausalConv
+from seqzoo.layers.heads import Heads
 from seqzoo.layers.linear import Linear
 from seqzoo.layers.norm import RMSNorm
 from seqzoo.layers.precision import wide
@@ -83,6 +84,10 @@ class KimiDeltaAttention(nn.Module):
         """
         nn.init.uniform_(self.a_log, 0.0, math.log(16.0))
         nn.init.uniform_(self.dt_bias, math.log(0.001), math.log(0.1))  # softplus(x) is e^x to 5 % down there
+
+    def heads(self) -> Heads:
+        """How it is dealt over processes."""
+        return Heads(("num_heads",), dict.fromkeys(("qkv_proj.weight", "conv.weight"), self.sizes))
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> KimiDeltaAttentionState:
         return KimiDeltaAttentionState(

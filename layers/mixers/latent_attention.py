@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from seqzoo.kernels.causal_attention import causal_attention
 from seqzoo.layers.attend import behind, keys_seen
+from seqzoo.layers.heads import Heads
 from seqzoo.layers.linear import Linear
 from seqzoo.layers.norm import RMSNorm
 from seqzoo.layers.rope import rotate, turns
@@ -84,6 +85,10 @@ class LatentAttention(nn.Module):
         self.kv_norm = RMSNorm(latent_width, norm_eps, zero_centred=False)
         self.kv_proj = Linear(latent_width, num_heads * (key_width + value_width), bias=False)
         self.out_proj = Linear(num_heads * value_width, hidden_size, bias=bias)
+
+    def heads(self) -> Heads:
+        """How it is dealt over processes."""
+        return Heads(("num_heads",))
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> LatentAttentionState:
         return LatentAttentionState(

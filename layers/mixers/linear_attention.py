@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from seqzoo.kernels.linear_attention import linear_attention
 from seqzoo.layers.conv import CausalConv
+from seqzoo.layers.heads import Heads
 from seqzoo.layers.linear import Linear
 from seqzoo.layers.norm import NORMS, GatedRMSNorm, RMSNorm, check_eps
 from seqzoo.layers.precision import wide
@@ -122,6 +123,7 @@ class LinearAttention(nn.Module):
         asked = f"feature={feature}, rotary_width={rotary_width}"
         _expect(not normalise or positive, "normalise", "False, or features that are >= 0 and not turned", asked)
         self.H, self.G, self.K, self.V = num_heads, num_kv_heads, key_width, value_width
+        self.first_head, self.all_heads = 0, num_kv_heads
         self.feature, self.decay, self.normalise = feature, decay, normalise
         self.decay_scale, self.decay_depth = decay_scale, decay_depth
         self.rotary_width, self.theta = rotary_width, rope_theta
@@ -149,6 +151,10 @@ class LinearAttention(nn.Module):
                 nn.init.xavier_uniform_(part.weight, gain=2**-2.5)
                 if part.bias is not None:
                     nn.init.zeros_(part.bias)
+
+    def heads(self) -> Heads:
+        """How it is dealt over processes."""
+        return Heads(("num_heads", "num_kv_heads"), {"conv.weight": self.sizes})
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> LinearAttentionState:
         kept = 0 if self.conv is None else self.conv.width - 1
@@ -210,9 +216,9 @@ class LinearAttention(nn.Module):
         if self.decay == "none":
             return None
         if self.decay in ("fixed", "lightning"):
-            head = torch.arange(self.G, device=x.device, dtype=torch.float32)
+            head = self.first_head + torch.arange(self.G, device=x.device, dtype=torch.float32)
             g = torch.log1p(-torch.exp2(-5.0 - head))
-            g = g if self.decay == "fixed" else head * (-8.0 / self.G * (1.0 - self.decay_depth))
+            g = g if self.decay == "fixed" else head * (-8.0 / self.all_heads * (1.0 - self.decay_depth))
             return g.expand(*x.shape[:2], -1)
         if self.decay == "key":
             return F.logsigmoid(-wide(k))

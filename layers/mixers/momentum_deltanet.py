@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from seqzoo.kernels.delta_inputs import delta_inputs
 from seqzoo.kernels.momentum_delta_rule import momentum_delta_rule
 from seqzoo.layers.conv import CausalConv
+from seqzoo.layers.heads import Heads
 from seqzoo.layers.linear import Linear
 from seqzoo.layers.norm import GatedRMSNorm
 from seqzoo.layers.precision import wide
@@ -112,6 +113,11 @@ class MomentumDeltaNet(nn.Module):
         nn.init.constant_(self.mu_bias, math.log(math.e - 1.0))  # softplus of it is 1
         if self.ratio_log is not None:
             nn.init.uniform_(self.ratio_log, math.log(0.03), 0.0)
+
+    def heads(self) -> Heads:
+        """How it is dealt over processes."""
+        qkv = dict.fromkeys(("qkv_proj.weight", "conv.weight"), self.sizes)
+        return Heads(("num_key_heads", "num_value_heads"), qkv | {"bame_proj.weight": 4 * [self.HV]})
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> MomentumDeltaNetState:
         return MomentumDeltaNetState(

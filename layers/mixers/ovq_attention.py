@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqzoo.kernels.ovq_attention import OVQRule, OVQState, ovq_attention
+from seqzoo.layers.heads import Heads
 from seqzoo.layers.linear import Linear
 from seqzoo.layers.precision import wide
 from seqzoo.layers.span import Span
@@ -97,6 +98,10 @@ class OVQAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Own parameters only."""
         nn.init.ones_(self.beta)
+
+    def heads(self) -> Heads:
+        """How it is dealt over processes."""
+        return Heads(("num_heads", "num_kv_heads"))
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> OVQState:
         return OVQState.empty(batch, self.G, self.K, self.K, self.rule, device=device, dtype=dtype)
