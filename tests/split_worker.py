@@ -1,4 +1,5 @@
-"""One of several processes: parts and models on a stretch of a sequence each, against the whole sequence in one.
+"""One of several processes: parts and models on a stretch of a sequence each, against the whole sequence in one; and
+parts whose heads are dealt to two of them.
 
 python tests/split_worker.py FOLDER RANK RANKS
 """
@@ -14,14 +15,27 @@ from test_mixers import AsMixer, spec_of
 from torch.testing import assert_close
 
 from seqzoo.kernels.across import split_sequence
+from seqzoo.kernels.exchanges import Ranks
 from seqzoo.layers.registry import build
 from seqzoo.layers.span import Span
 from seqzoo.models.causal_lm import SeqZooForCausalLM
 from seqzoo.models.config import SeqZooConfig
+from seqzoo.training.split import splits_of
+from seqzoo.training.tensor import Tensors
 
 B, T, D = 2, 24, 16  # of the whole sequence
 WIDE = "a window wider than a stretch"
 MORE = {WIDE: dict(kind="attention", num_heads=4, num_kv_heads=2, head_width=6, window=15)}
+LIGHTNING = dict(num_heads=6, num_kv_heads=6, key_width=4, value_width=3, decay="lightning", decay_depth=0.3)
+HEADS = {"linear_attention-lightning": ("mixers", {"kind": "linear_attention", **LIGHTNING})}
+HEADS |= {name: ("mixers", {"kind": name} | spec) for name, spec in MIXERS.items()}
+HEADS |= {name: ("channels", {"kind": name} | spec) for name, spec in CHANNELS.items()}
+
+
+def can_be_dealt(name: str, ranks: int) -> bool:
+    part = build(*HEADS[name], D)
+    heads = part.heads() if hasattr(part, "heads") else None
+    return heads is not None and all(HEADS[name][1].get(x, 0) % ranks == 0 for x in heads.arguments)
 
 
 def positions(kind: str) -> torch.Tensor:
@@ -38,7 +52,7 @@ def positions(kind: str) -> torch.Tensor:
 def step(part: torch.nn.Module, x: torch.Tensor, where: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
     """Outputs, gradients of x and of each parameter."""
     starts, leaf = where == 0, x.clone().requires_grad_()
-    y, _ = part(leaf, Span(where, starts=starts if starts.any() else None))
+    y = part(leaf, Span(where, starts=starts if starts.any() else None))[0]
     part.zero_grad(set_to_none=True)
     (y * weight).sum().backward()
     return [y.detach(), leaf.grad, *(torch.zeros_like(p) if p.grad is None else p.grad for p in part.parameters())]
@@ -61,6 +75,35 @@ def check(name: str, kind: str, rank: int, ranks: int) -> None:
     names = ["y", "x", *(name for name, _ in part.named_parameters())]
     for what, a, b in zip(names, ours, [x[:, mine] for x in whole[:2]] + whole[2:], strict=True):
         assert_close(a, b, atol=1e-9, rtol=1e-7, msg=lambda m, what=what: f"{name}, {kind}, rank {rank}, {what}: {m}")
+
+
+def check_heads(name: str, kind: str, rank: int, ranks: int) -> None:
+    """A part with some of the heads, on a stretch; a parameter that is no head's has its gradient on all together."""
+    torch.manual_seed(0)
+    whole = build(*HEADS[name], D).double().eval()
+    for p in whole.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x, weight = (torch.randn(B, T, D, dtype=torch.float64) for _ in range(2))
+    where, group = positions(kind), Tensors(Ranks(dist.group.WORLD, rank, ranks), dist.group.WORLD, None)
+    mine, part = slice(rank * T // ranks, (rank + 1) * T // ranks), group.some_heads(whole)
+    wanted = step(whole, x, where, weight)
+    with split_sequence(dist.group.WORLD):
+        y, dx, *grads = step(part, x[:, mine], where[:, mine], weight[:, mine])
+    splits, parameters = splits_of(part), [name for name, _ in part.named_parameters()]
+    assert splits and [name for name, _ in whole.named_parameters()] == parameters
+    for i, name_ in enumerate(parameters):
+        if name_ in splits:
+            assert torch.equal(splits[name_].give(splits[name_].take(wanted[2 + i])), wanted[2 + i])
+            grads[i] = splits[name_].give(grads[i])
+        else:
+            dist.all_reduce(grads[i])
+    expected = [x[:, mine] for x in wanted[:2]] + wanted[2:]
+    for what, a, b in zip(["y", "x", *parameters], [y, dx, *grads], expected, strict=True):
+        assert_close(a, b, atol=1e-9, rtol=1e-7, msg=lambda m, what=what: f"{name}, {kind}, rank {rank}, {what}: {m}")
+    with torch.no_grad():  # where nothing is split, as in a sample: all tokens, and a state
+        how = dict(device=x.device, dtype=x.dtype)
+        states = [p.init_state(B, **how) for p in (whole, part)] if hasattr(whole, "init_state") else []
+        assert_close(part(x, None, *states[1:])[0], whole(x, None, *states[:1])[0], atol=1e-9, rtol=1e-7)
 
 
 def models() -> dict[str, SeqZooForCausalLM]:
@@ -115,7 +158,11 @@ def main(folder: str, rank: int, ranks: int) -> None:
     checks = [(check, name) for name in (*MIXERS, *BLOCKS, *MORE)] + [
         (check_model, name) for name in ("hybrid", "sinks")
     ]
-    for one, name in checks:
+    dealt = [(check_heads, name) for name in HEADS if can_be_dealt(name, ranks)]
+    kinds = lambda names: {HEADS[name][1]["kind"] for name in names if hasattr(build(*HEADS[name], D), "heads")}
+    if ranks == 2 and (missing := kinds(HEADS) - kinds(name for _, name in dealt)):
+        failed.append(f"heads: expected a row in cases.py with an even number of {sorted(missing)}")
+    for one, name in checks + dealt:
         for kind in ("whole", "documents"):
             try:
                 one(name, kind, rank, ranks)
@@ -124,7 +171,7 @@ def main(folder: str, rank: int, ranks: int) -> None:
     dist.destroy_process_group()
     if failed:
         raise SystemExit("\n".join(failed))
-    print(f"{len(checks)} checks")
+    print(f"{len(checks)} checks and {len(dealt)} of heads")
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def test_recovery(alone):
     """Stages one after the other, each from where the last one ended: teacher and student are cut, too."""
     home, mixers = alone, dict(linear=dict(kind="linear_attention", decay="head"))
     with initialize_config_module("seqzoo.configs", version_base=None):
-        deeper = [x.replace("num_hidden_layers=1", "num_hidden_layers=2") for x in TRANSFORMER]
+        deeper = [x.replace("layers=1", "layers=2").replace("kv_heads=1", "kv_heads=2") for x in TRANSFORMER]
         config = model_config(compose("train", overrides=deeper))
     torch.manual_seed(0)
     SeqZooForCausalLM(config).save_pretrained(home / "teacher")
@@ -213,7 +213,7 @@ def test_recovery(alone):
     steps = [f"stages.{stage}.trainer.steps={n}" for stage, n in (("align", 3), ("distil", 3), ("next_token", 2))]
     given = [*steps, f"teacher={home / 'teacher'}", f"init_from={home / 'student'}", "optimizer.lr=0.001"]
     numbers = STEPS | dict(sample_tokens=0)
-    for ranks, layouts in ((1, ["fsdp"]), (2, ["fsdp", "context"])):
+    for ranks, layouts in ((1, ["fsdp"]), (2, ["fsdp", "context", "tensor"])):
         jobs = []
         for name in layouts:
             folder = home / f"recovered-{name}-{ranks}"
@@ -222,7 +222,7 @@ def test_recovery(alone):
             )
             jobs.append(dict(folder=str(folder), overrides=text, config="recover"))
         launch(ranks, jobs, home)
-    for name in ("fsdp", "context"):
+    for name in ("fsdp", "context", "tensor"):
         for stage in ("0_align", "1_distil", "2_next_token"):
             assert_same_losses(home / f"recovered-{name}-2" / stage, losses(home / "recovered-fsdp-1" / stage))
 
