@@ -10,6 +10,7 @@ gathering of (memory, transition) tells each rank the memory that its stretch be
 takes what it needs from the rank before, full attention gathers keys and values.
 
 No state goes in while the sequence is split, and what comes out beside the outputs is of the end of the stretch.
+torch.compile compiles what lies between exchanges: ranks compile at their own pace, and exchanges meet in order.
 """
 
 from collections.abc import Callable, Iterator
@@ -65,6 +66,7 @@ def check_whole(op: str, state: object) -> None:
         raise ValueError(f"{op}: state: expected None while the sequence is split over ranks, got one")
 
 
+@torch.compiler.disable
 def gathered(x: Tensor, over: Ranks | None = None) -> Tensor:
     """x of every rank, [ranks, *x.shape], with gradients. `over`: other ranks than those the sequence is split over."""
     return Gather.apply(x, over or _split)
@@ -75,16 +77,19 @@ def joined(x: Tensor, over: Ranks | None = None) -> Tensor:
     return gathered(x, over).movedim(0, 1).flatten(1, 2)
 
 
+@torch.compiler.disable
 def summed(x: Tensor, over: Ranks) -> Tensor:
     """The sum of all ranks' x, with gradients: what is learned is the sum of what is made of each one's copy."""
     return Sum.apply(x, over.group)
 
 
+@torch.compiler.disable
 def summed_stretch(x: Tensor, over: Ranks) -> Tensor:
     """x [B, ranks T, ...], a summand on every rank -> this rank's stretch [B, T, ...] of the sum, with gradients."""
     return Scatter.apply(x.unflatten(1, (over.size, -1)).movedim(1, 0), over)
 
 
+@torch.compiler.disable
 def from_before(x: Tensor) -> Tensor:
     """x of the rank before, zeros for the first, with gradients."""
     return FromBefore.apply(x, _split)
@@ -104,6 +109,7 @@ def open_from_begin(starts: Tensor | None, shape: tuple[int, int], device: torch
     return starts.cumsum(1) == 0
 
 
+@torch.compiler.disable
 def memory_before(end: Tensor, moves: Callable[[Tensor, Tensor], Tensor], transition: Tensor) -> Tensor:
     """The memory with which this rank's stretch begins.
 
@@ -156,6 +162,7 @@ def pool_counts(group: "dist.ProcessGroup | None") -> Iterator[None]:
         _pool = before
 
 
+@torch.compiler.disable
 def pooled(counts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """Sums over all ranks inside `pool_counts`, with gradients; else the very counts."""
     flat = [x for block in counts for x in block.values()]
@@ -163,4 +170,4 @@ def pooled(counts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         return counts
     sizes = [x.numel() for x in flat]
     sums = iter(Sum.apply(torch.cat([x.flatten() for x in flat]), _pool).split(sizes))
-    return [{name: next(sums).clone().view_as(x) for name, x in block.items()} for block in counts]
+    return [{name: next(sums).view_as(x).clone() for name, x in block.items()} for block in counts]

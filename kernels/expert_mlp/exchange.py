@@ -37,6 +37,7 @@ def are_elsewhere(experts: Tensor) -> bool:
     return isinstance(experts, DTensor) or _imagined is not None
 
 
+@torch.compiler.disable
 def expert_mlp_exchanged(
     run: Callable[..., Tensor], x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor,
     hidden: Hidden | None,
