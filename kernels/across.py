@@ -43,11 +43,11 @@ def split_sequence(group: "dist.ProcessGroup | None") -> Iterator[None]:
 
 
 @contextmanager
-def imagined(size: int) -> Iterator[list[Sent]]:
+def imagined(size: int, sent: list[Sent] | None = None) -> Iterator[list[Sent]]:
     """Inside, tokens are the last stretch of a sequence over so many ranks that are not there: what this one would
-    exchange is gathered in the list, and what it would get holds nothing. For shapes alone."""
+    exchange is gathered in a list, a new one or `sent`, and what it would get holds nothing. For shapes alone."""
     global _split
-    before, sent = _split, []
+    before, sent = _split, [] if sent is None else sent
     _split = Ranks(None, size - 1, size, sent) if size > 1 else None
     try:
         yield sent
@@ -80,7 +80,7 @@ def joined(x: Tensor, over: Ranks | None = None) -> Tensor:
 @torch.compiler.disable
 def summed(x: Tensor, over: Ranks) -> Tensor:
     """The sum of all ranks' x, with gradients: what is learned is the sum of what is made of each one's copy."""
-    return Sum.apply(x, over.group)
+    return Sum.apply(x, over)
 
 
 @torch.compiler.disable
@@ -169,5 +169,5 @@ def pooled(counts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     if _pool is None or not flat:
         return counts
     sizes = [x.numel() for x in flat]
-    sums = iter(Sum.apply(torch.cat([x.flatten() for x in flat]), _pool).split(sizes))
+    sums = iter(Sum.apply(torch.cat([x.flatten() for x in flat]), Ranks(_pool, 0, 0)).split(sizes))
     return [{name: next(sums).view_as(x).clone() for name, x in block.items()} for block in counts]

@@ -25,17 +25,13 @@ class Sum(torch.autograd.Function):
     """Every rank's copy of the sum is one of several summands of what is learned: gradients are summed, too."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: "dist.ProcessGroup") -> Tensor:
-        ctx.group = group
-        x = x.clone()
-        dist.all_reduce(x, group=group)
-        return x
+    def forward(ctx, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return _summed(x, ranks)
 
     @staticmethod
     def backward(ctx, d: Tensor) -> tuple[Tensor, None]:
-        d = d.clone()
-        dist.all_reduce(d, group=ctx.group)
-        return d, None
+        return _summed(d, ctx.ranks), None
 
 
 class Gather(torch.autograd.Function):
@@ -103,6 +99,15 @@ def _shifted(x: Tensor, split: Ranks, *, by: int) -> Tensor:
     for request in dist.batch_isend_irecv(pending):
         request.wait()
     return found
+
+
+def _summed(x: Tensor, ranks: Ranks) -> Tensor:
+    x = x.clone()
+    if ranks.sent is None:
+        dist.all_reduce(x, group=ranks.group)
+    else:
+        ranks.sent.append(Sent("all_reduce", x.nbytes))
+    return x
 
 
 def _gathered(x: Tensor, ranks: Ranks) -> Tensor:

@@ -6,6 +6,7 @@ python tests/split_worker.py FOLDER RANK RANKS
 
 import faulthandler
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -84,7 +85,10 @@ def check_heads(name: str, kind: str, rank: int, ranks: int) -> None:
     for p in whole.parameters():
         torch.nn.init.normal_(p, std=0.3)
     x, weight = (torch.randn(B, T, D, dtype=torch.float64) for _ in range(2))
-    where, group = positions(kind), Tensors(Ranks(dist.group.WORLD, rank, ranks), dist.group.WORLD, None)
+    where, group = (
+        positions(kind),
+        Tensors(Ranks(dist.group.WORLD, rank, ranks), dist.group.WORLD, partial(split_sequence, None)),
+    )
     mine, part = slice(rank * T // ranks, (rank + 1) * T // ranks), group.some_heads(whole)
     wanted = step(whole, x, where, weight)
     with split_sequence(dist.group.WORLD):

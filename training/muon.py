@@ -162,6 +162,8 @@ def _dealt(stack: Tensor, p: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
         return run(stack)
     group = p.device_mesh.get_group(p.device_mesh.ndim - 1)
     ranks = dist.get_world_size(group)
+    if ranks == 1:
+        return run(stack)
     each = -(-len(stack) // ranks)
     padded = torch.cat([stack, stack.new_zeros(each * ranks - len(stack), *stack.shape[1:])])
     done = run(padded.split(each)[dist.get_rank(group)]).contiguous()

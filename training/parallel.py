@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -200,8 +201,8 @@ class Ranks:
             )
         group = lambda name: self.mesh.get_group(name)
         over = Over(group("tensor"), self.mesh.get_local_rank("tensor"), self.layout.tensor)
-        sequence = group("sequence") if self.layout.sequence > 1 else None
-        Tensors(over, self.line, sequence).deal(model, leave_out=("BY_EXPERT",) if self.layout.expert_parallel else ())
+        inside = partial(split_sequence, group("sequence") if self.layout.sequence > 1 else None)
+        Tensors(over, self.line, inside).deal(model, leave_out=("BY_EXPERT",) if self.layout.expert_parallel else ())
 
     def _cut_experts(self, model: SeqZooForCausalLM, mesh: DeviceMesh) -> set[nn.Parameter]:
         """Stacks of experts, of which this process keeps some. Raises ValueError: a number that cannot be dealt."""

@@ -25,7 +25,7 @@ from seqzoo.training.plan_model import PlannedModel
 class Plan(NamedTuple):
     """Of one process and step. Bytes and seconds."""
 
-    sizes: tuple[int, int, int]  # replicate, shard, sequence
+    sizes: tuple[int, int, int, int]  # replicate, shard, sequence, tensor
     expert_parallel: bool
     rows: int  # of a micro-batch, over all processes
     accumulate: int

@@ -13,7 +13,7 @@ see what a kernel allocates for itself, nor holes in an allocator.
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -24,11 +24,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from seqzoo.kernels.across import Sent, imagined
+from seqzoo.kernels.across import imagined
 from seqzoo.kernels.dispatch import shapes_alone
+from seqzoo.kernels.exchanges import Ranks, Sent
 from seqzoo.kernels.expert_mlp.exchange import imagined_owners
 from seqzoo.kernels.gpu.launch import instead, usable
 from seqzoo.layers.span import Span
+from seqzoo.training.tensor import Tensors
 
 
 class Bytes(NamedTuple):
@@ -49,7 +51,8 @@ class Measured(NamedTuple):
     peak: Bytes  # the most there is at a time, besides what it is called with
     held: Bytes  # what is there between forward and backward
     cached: int  # weights in a lower precision, which autocast keeps until all of the model's forward pass is done
-    forward: dict[tuple[str, str], Bytes]  # over whom (sequence, experts) and how -> what is exchanged
+    forward: dict[tuple[str, str], Bytes]  # over whom (line, sequence, tensor, experts), how -> what is exchanged
+    again: dict[tuple[str, str], Bytes]  # of forward, up to the last tensor that is kept: computed again, it ends there
     backward: dict[tuple[str, str], Bytes]
     counts: int  # numbers that it counts over its tokens
 
@@ -59,33 +62,36 @@ class Where(NamedTuple):
 
     Attributes:
         length: tokens of a row, on one process.
-        sequence: processes over which rows are cut.
+        sequence, tensor: processes over which rows are cut, and heads dealt.
         owners: processes that have some of the experts each; 1 has all.
         lower: autocast to bfloat16.
         sinks: tokens beside the sequence.
+        is_last: of the stack, after which nobody asks for the sinks.
     """
 
     length: int
     sequence: int
+    tensor: int
     owners: int
     lower: bool
     sinks: int
+    is_last: bool = False
 
 
-Run = Callable[[nn.Module, Tensor, Span], tuple[list[Tensor], int]]  # -> outputs, and how many numbers are counts
+Calls = Iterator[tuple[list[Tensor], int]]  # of each call outputs, and how many numbers are counts
 
 
-def block_run(block: nn.Module, x: Tensor, span: Span) -> tuple[list[Tensor], int]:
+def block_calls(block: nn.Module, x: Tensor, span: Span, *, is_last: bool) -> Calls:
     """A block of the stack, and the sinks' own stream through it, which no rank has a part of."""
     y, _, stats = block(x, span)
-    outputs = [y, *stats.values()]
-    if span.sinks is not None:
+    yield [y, *stats.values()], sum(y.numel() for y in stats.values())
+    if span.sinks is not None and not is_last:
         with imagined(1):
-            outputs.append(block(span.sinks[None], Span.of_sinks(span.sinks[None]))[0])
-    return outputs, sum(y.numel() for y in stats.values())
+            y = block(span.sinks[None], Span.of_sinks(span.sinks[None]))[0]
+        yield [y], 0
 
 
-def measure(module: nn.Module, run: Run, width: int, where: Where) -> Measured:
+def measure(module: nn.Module, calls: Callable[..., Calls], width: int, where: Where) -> Measured:
     """Of a module on the meta device, whose input is [rows, length, width].
 
     Raises:
@@ -94,13 +100,14 @@ def measure(module: nn.Module, run: Run, width: int, where: Where) -> Measured:
     if not usable():
         raise ValueError("plan: expected the package triton, whose kernels' memory is counted; it is not installed")
     try:
-        one, two = (_measure(module, run, width, where, rows) for rows in (1, 2))
+        one, two = (_measure(module, calls, width, where, rows) for rows in (1, 2))
     except RuntimeError as error:  # what torch cannot say the shapes of
         raise ValueError(f"plan: expected a part that runs on shapes alone, got: {error}") from error
     line = lambda a, b: Bytes(2 * a - b, b - a)
     lines = lambda a, b: {key: line(a.get(key, 0), b.get(key, 0)) for key in b}
     sizes = (line(getattr(one, name), getattr(two, name)) for name in ("given", "saved", "peak", "held"))
-    return Measured(*sizes, one.cached, lines(one.forward, two.forward), lines(one.backward, two.backward), one.counts)
+    sent = (lines(getattr(one, name), getattr(two, name)) for name in ("forward", "again", "backward"))
+    return Measured(*sizes, one.cached, *sent, one.counts)
 
 
 class _Once(NamedTuple):
@@ -110,13 +117,15 @@ class _Once(NamedTuple):
     held: int
     cached: int
     forward: Counter
+    again: Counter
     backward: Counter
     counts: int
 
 
-def _measure(module: nn.Module, run: Run, width: int, where: Where, rows: int) -> _Once:
+def _measure(module: nn.Module, calls: Callable[..., Calls], width: int, where: Where, rows: int) -> _Once:
     precision = lambda: torch.autocast("cpu", torch.bfloat16) if where.lower else nullcontext()
-    module = copy.deepcopy(module)
+    module, inside, tensor = copy.deepcopy(module), [], []
+    some_heads(module, where, inside, tensor)
     with FakeTensorMode(), shapes_alone(), instead(lambda _: None):
         fake_tensors(module, where.owners)
         own = {p.untyped_storage()._cdata for p in [*module.parameters(), *module.buffers()]}
@@ -125,41 +134,64 @@ def _measure(module: nn.Module, run: Run, width: int, where: Where, rows: int) -
         if where.sinks:
             sinks = torch.empty(where.sinks, width, requires_grad=True)
         span = Span(positions, sinks=sinks)
-        with imagined(where.sequence) as split, imagined_owners(where.owners) as owners:
-            cached = 0
+        with imagined(where.sequence * where.tensor) as line, imagined_owners(where.owners) as owners:
+            sent, cached = dict(line=line, sequence=inside, tensor=tensor, experts=owners), 0
             if where.lower:
                 with Live() as live, precision(), saved_tensors_hooks(lambda t: None, lambda t: t):
-                    run(module, x, span)
+                    list(calls(module, x, span))
                     cached = live.now
             storages: dict[int, torch.UntypedStorage] = {}
 
             def pack(t: Tensor) -> Tensor:
                 storage = t.untyped_storage()
+                nonlocal last
+                last = _sums(sent)
                 if storage._cdata not in own:
                     storages[storage._cdata] = storage
                 return t.detach()  # an output that its own node kept would never go
 
-            split.clear(), owners.clear()
+            last, again, before = Counter(), Counter(), Counter()
+            outputs, counts = [], 0
+            _clear(sent)
             with Live() as live:
                 with precision(), saved_tensors_hooks(pack, lambda t: t):
-                    outputs, counts = run(module, x, span)
+                    for made, counted in calls(module, x, span):
+                        outputs, counts, again = outputs + made, counts + counted, again + (last - before)
+                        last = before = _sums(sent)
                 saved = sum(storage.nbytes() for storage in storages.values())
                 storages.clear()
-                held, forward = live.now, _sums(split, owners)
-                split.clear(), owners.clear()
+                held, forward = live.now, _sums(sent)
+                _clear(sent)
                 outputs = [y for y in outputs if y.requires_grad]
                 grads = [torch.empty_like(y) for y in outputs]
                 torch.autograd.backward(outputs, grads)
-            backward = _sums(split, owners)
-    return _Once(x.nbytes, saved, live.peak, held, cached, forward, backward, counts)
+            backward = _sums(sent)
+    return _Once(x.nbytes, saved, live.peak, held, cached, forward, again, backward, counts)
 
 
-def _sums(split: list[Sent], owners: list[Sent]) -> Counter:
+def _sums(sent: dict[str, list[Sent]]) -> Counter:
     found: Counter = Counter()
-    for group, exchanges in (("sequence", split), ("experts", owners)):
+    for group, exchanges in sent.items():
         for what, size in exchanges:
             found[group, what] += size
     return found
+
+
+def _clear(sent: dict[str, list[Sent]]) -> None:
+    for exchanges in sent.values():
+        exchanges.clear()
+
+
+def some_heads(module: nn.Module, where: Where, inside: list[Sent], tensor: list[Sent]) -> None:
+    """The parts of a module on the meta device, with the heads of one of those that are not there.
+
+    Raises:
+        ValueError: heads that cannot be dealt.
+    """
+    if where.tensor > 1:
+        over = Ranks(None, where.tensor - 1, where.tensor, tensor)
+        group = Tensors(over, None, lambda: imagined(where.sequence, inside))
+        group.deal(module, leave_out=("BY_EXPERT",) if where.owners > 1 else ())
 
 
 def fake_tensors(module: nn.Module, owners: int = 1) -> None:

@@ -81,7 +81,7 @@ def _search(planner: Planner, asked: Asked) -> int:
         print(f"\n{found_text(found.plans[: asked.shown])}")
         print(f"\nthe first of them: {words_of(first)}\n\n{plan_text(planner, first)}")
     if found.refused:
-        print("\nwhat does not fit (replicate x shard x sequence):")
+        print("\nwhat does not fit (replicate x shard x sequence x tensor):")
         for why in dict.fromkeys(why for _, why in found.refused):
             print(f"  {why}: {'; '.join(name for name, reason in found.refused if reason == why)}")
     return 0 if found.plans else 1
@@ -89,9 +89,9 @@ def _search(planner: Planner, asked: Asked) -> int:
 
 def words_of(plan: Plan) -> str:
     """What seqzoo-train is told."""
-    replicate, shard, sequence = plan.sizes
-    layout = f"parallel=fsdp parallel.replicate={replicate} parallel.shard={shard} parallel.sequence={sequence}"
-    layout += f" parallel.expert_parallel={str(plan.expert_parallel).lower()}"
+    names = ("replicate", "shard", "sequence", "tensor")
+    sizes = (f" parallel.{name}={size}" for name, size in zip(names, plan.sizes, strict=True))
+    layout = f"parallel=fsdp{''.join(sizes)} parallel.expert_parallel={str(plan.expert_parallel).lower()}"
     step = f"trainer.batch_size={plan.rows} trainer.accumulate={plan.accumulate}"
     return f"{layout} {step} trainer.gradient_checkpointing={str(plan.checkpointing).lower()}"
 
@@ -108,10 +108,11 @@ def _head(planner: Planner) -> str:
 
 def plan_text(planner: Planner, plan: Plan) -> str:
     """All of one plan."""
-    replicate, shard, sequence = plan.sizes
+    replicate, shard, sequence, tensor = plan.sizes
     text = [
-        f"replicate {replicate} x shard {shard} x sequence {sequence}, experts {_experts(plan)}; steps of "
-        f"{plan.accumulate} x {plan.rows} rows, activations {'computed again' if plan.checkpointing else 'kept'}",
+        f"replicate {replicate} x shard {shard} x sequence {sequence} x tensor {tensor}, experts {_experts(plan)}",
+        f"steps of {plan.accumulate} x {plan.rows} rows, activations "
+        f"{'computed again' if plan.checkpointing else 'kept'}",
         "", "per device [GB]",
         *(f"  {size / 1e9:10.3f}  {LINES[name]}" for name, size in plan.memory.items()),
         f"  {plan.needs / 1e9:10.3f}  of {plan.has / 1e9:,.0f}: {'fits' if plan.fits else 'DOES NOT FIT'}",
@@ -138,12 +139,12 @@ def plan_text(planner: Planner, plan: Plan) -> str:
 
 def found_text(plans: list[Plan]) -> str:
     """A line for each."""
-    lines = ["replicate x shard x sequence  experts   micro-batches  kept   GB    floor s  ordered s"]
+    lines = ["replicate x shard x sequence x tensor  experts   micro-batches  kept   GB    floor s  ordered s"]
     for plan in plans:
         name, steps = " x ".join(map(str, plan.sizes)), f"{plan.accumulate} x {plan.rows}"
         kept = "no" if plan.checkpointing else "yes"
         lines.append(
-            f"{name:28}  {_experts(plan):8}  {steps:13}  {kept:4}  {plan.needs / 1e9:5.1f}  "
+            f"{name:37}  {_experts(plan):8}  {steps:13}  {kept:4}  {plan.needs / 1e9:5.1f}  "
             f"{plan.seconds['floor']:7.3f}  {plan.seconds['ordered']:9.3f}"
         )
     return "\n".join(lines)

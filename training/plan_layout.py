@@ -18,57 +18,67 @@ class InLayout:
     def __init__(self, model: PlannedModel, layout: Layout) -> None:
         self.model, cluster = model, model.cluster
         self.n = cluster.devices
-        self.sizes = self.replicate, shard, self.sequence = layout.sizes(self.n)
-        self.parts, self.readers = shard * self.sequence, self.replicate * shard  # of weights, of rows
+        self.sizes = self.replicate, shard, self.sequence, self.tensor = layout.sizes(self.n)
+        self.stretches, self.readers = self.sequence * self.tensor, self.replicate * shard  # of tokens, of rows
+        self.parts, self.some = shard * self.stretches, shard * self.sequence  # of the root's weights, of a block's
         self.cut = layout.shard is None or self.n > 1
         self.apart = self.cut and layout.expert_parallel
-        self.weights = [*model.root, *(w for block in model.blocks for w in block)]
-        if model.length % self.sequence:
+        self.blocks = model.dealt(self.tensor, self.apart) if self.tensor > 1 else model.blocks
+        self.inside = {w.name for block in self.blocks for w in block}
+        self.weights = [*model.root, *(w for block in self.blocks for w in block)]
+        if model.length % self.stretches:
             raise ValueError(
-                f"trainer.sequence_length: expected a multiple of sequence={self.sequence}, got {model.length}"
+                f"trainer.sequence_length: expected a multiple of sequence={self.sequence} x tensor={self.tensor}, "
+                f"got {model.length}"
             )
         for w in self.weights:
             if self.apart and w.by_expert and w.shape[0] % self.parts:
                 raise ValueError(
-                    f"parallel.expert_parallel: expected a multiple of shard x sequence={self.parts} experts, "
-                    f"got {w.shape[0]}"
+                    f"parallel.expert_parallel: expected a multiple of shard x sequence x tensor={self.parts} "
+                    f"experts, got {w.shape[0]}"
                 )
-        wholes = [self._whole(block) for block in model.blocks]
+        wholes = [self._whole(block) for block in self.blocks]
         self.root_whole, self.padded = self._whole(model.root), max(wholes)
-        self.largest = max(sum(w.bytes() for w in block if not self._is_apart(w)) for block in model.blocks)
+        self.largest = max(sum(w.bytes() for w in block if not self._is_apart(w)) for block in self.blocks)
         # every call of a block gathers its weights and reduces its gradients: tied ones', and the sinks' own stream
         depth = model.model.stack.depth
         levels = [*range(depth), *(range(depth - 1) if model.config.num_sink_tokens else ())]
-        self.calls = [model.blocks[i % len(wholes)] for i in levels]
+        self.calls = [self.blocks[i % len(wholes)] for i in levels]
         self.calls_whole = sum(map(self._whole, self.calls))
 
     @cached_property
     def kinds(self) -> list[tuple[Measured, int]]:
         """The kinds of blocks, and how many levels of each."""
         pattern, depth = self.model.config.pattern, self.model.model.stack.depth
-        levels = Counter(pattern[i % len(pattern)] for i in range(depth))
-        return [(self.model.measured(entry, self._where), times) for entry, times in levels.items()]
+        sinks = self.model.config.num_sink_tokens > 0
+        levels = Counter((pattern[i % len(pattern)], sinks and i + 1 == depth) for i in range(depth))
+        measured = lambda entry, is_last: self.model.measured(entry, self._where._replace(is_last=is_last))
+        return [(measured(*level), times) for level, times in levels.items()]
 
     @cached_property
     def head(self) -> Measured:
-        return self.model.measured("head", self._where._replace(sinks=0, owners=1))
+        return self.model.measured("head", self._where._replace(sinks=0, owners=1, tensor=1))
 
     @property
     def _where(self) -> Where:
         model = self.model
         return Where(
-            model.length // self.sequence, self.sequence, self.parts if self.apart else 1,
+            model.length // self.stretches, self.sequence, self.tensor, self.parts if self.apart else 1,
             model.precision == "bf16", model.config.num_sink_tokens,
         )  # fmt: skip
 
+    def cuts(self, w: Weight) -> int:
+        """Into how many parts it is cut."""
+        return 1 if not self.cut else self.some if w.name in self.inside and not self._is_apart(w) else self.parts
+
     def local(self, w: Weight) -> int:
         """Bytes of the part that the first process has."""
-        return w.bytes(self.parts if self.cut else 1)
+        return w.bytes(self.cuts(w))
 
     def _whole(self, weights: list[Weight], learning: bool = False) -> int:
         """Bytes of what is gathered, padded so that all parts are equal."""
         wanted = (w for w in weights if not (self.apart and w.by_expert) and (w.learns or not learning))
-        return sum(self.parts * self.local(w) for w in wanted)
+        return sum(self.cuts(w) * self.local(w) for w in wanted)
 
     def standing(self, held: bool) -> dict[str, int]:
         """Bytes of what is always there; `held`: gradients are whole."""
@@ -106,7 +116,7 @@ class InLayout:
         shapes: Counter = Counter()
         for w in self.weights:
             if w.muon:
-                shapes[w.shape[-2:], len(w.shape)] += w.bytes() if len(w.shape) == 2 else self.local(w)
+                shapes[w.whole[-2:], len(w.shape)] += w.heads * (w.bytes() if len(w.shape) == 2 else self.local(w))
         copies = lambda dims: 4.0 if self.cut and dims == 2 else 2.5  # of 4 bytes; the iteration's are of 2
         updates = sum(self.local(w) for w in self.weights if w.muon)
         return updates + int(max((size * copies(dims) for (_, dims), size in shapes.items()), default=0))
@@ -114,27 +124,38 @@ class InLayout:
     def exchanges(self, rows: int, accumulate: int, checkpointing: bool) -> list[Exchange]:
         """All of a step. A payload is that of all calls together."""
         found: list[Exchange] = []
-        owners, line = Group(self.parts, 1), Group(self.sequence, 1)
-        copies, world = Group(self.replicate, self.parts), Group(self.n, 1)
+        owners, some = Group(self.parts, 1), Group(self.some, self.tensor)
+        copies, world, tensor = Group(self.replicate, self.parts), Group(self.n, 1), Group(self.tensor, 1)
         if self.cut:
-            gathered = accumulate * (self.root_whole + 2 * self.calls_whole)
-            whole = sum(self._whole(unit, learning=True) for unit in (self.model.root, *self.calls))
-            cut = whole // self.parts + sum(self.local(w) for w in self.weights if w.learns and self._is_apart(w))
+            root, calls = self.model.root, self.calls
+            ours, theirs = (sum(self._whole(unit, learning=True) for unit in units) for units in ([root], calls))
+            cut = ours // self.parts + theirs // self.some
+            cut += sum(self.local(w) for w in self.weights if w.learns and self._is_apart(w))
+            alike = (w for w in self.weights if w.learns and self.cuts(w) == self.some and w.heads == 1)
             found += [
-                Exchange("weights", "all_gather", owners, gathered),
-                Exchange("gradients", "reduce_scatter", owners, whole),
+                Exchange("weights", "all_gather", owners, accumulate * self.root_whole),
+                Exchange("weights", "all_gather", some, accumulate * 2 * self.calls_whole),
+                Exchange("gradients", "reduce_scatter", owners, ours),
+                Exchange("gradients", "reduce_scatter", some, theirs),
                 Exchange("gradients", "all_reduce", copies, cut),
+                Exchange("gradients", "all_reduce", tensor, sum(map(self.local, alike)) * (self.tensor > 1)),
+                # where tokens stand: two numbers each, once for all blocks
+                Exchange("tensor", "all_gather", tensor, 16 * accumulate * rows * self.model.length // self.sequence),
             ]
-        groups = dict(sequence=line, experts=owners)
+        groups = dict(line=Group(self.stretches, 1), sequence=Group(self.sequence, self.tensor))
+        groups |= dict(tensor=tensor, experts=owners)
         for kind, times in self.kinds:
-            for ways, exchanged in ((2 if checkpointing else 1, kind.forward), (1, kind.backward)):
+            for ways, exchanged in ((1, kind.forward), (int(checkpointing), kind.again), (1, kind.backward)):
                 for (name, how), size in exchanged.items():
                     payload = times * ways * accumulate * size.of(rows)
                     payload *= groups[name].size if how == "all_gather" else 1
                     found.append(Exchange(name, how, groups[name], payload))
         counts = 4 * sum(times * kind.counts for kind, times in self.kinds)
         found.append(Exchange("counts", "all_reduce", world, 2 * accumulate * counts))
-        found += [Exchange("muon", "all_gather", owners, size) for size in self._muon()] if self.cut else []
+        found += [Exchange("muon", "all_gather", some, size) for size in self._muon()] if self.cut else []
+        given = (w for w in self.weights if w.muon and w.heads > 1)
+        whole = sum(w.heads * (w.bytes() if len(w.shape) == 2 else self.local(w)) for w in given)
+        found.append(Exchange("muon", "all_gather", tensor, whole))
         sums: Counter = Counter()
         for what, how, group, size in found:
             sums[what, how, group] += size
@@ -142,9 +163,9 @@ class InLayout:
 
     def _muon(self) -> list[int]:
         """Matrices are gathered, and each process's results, in the iteration's 2 bytes a number."""
-        shapes: Counter = Counter(w.shape for w in self.weights if w.muon and len(w.shape) == 2)
-        gathered = sum(self.parts * self.local(w) for w in self.weights if w.muon and len(w.shape) == 2)
-        return [gathered, *(ceil(n / self.parts) * self.parts * prod(shape) * 2 for shape, n in shapes.items())]
+        shapes: Counter = Counter(w.whole for w in self.weights if w.muon and len(w.shape) == 2)
+        gathered = sum(self.cuts(w) * self.local(w) for w in self.weights if w.muon and len(w.shape) == 2)
+        return [gathered, *(ceil(n / self.some) * self.some * prod(shape) * 2 for shape, n in shapes.items())]
 
     def seconds(
         self, rows: int, accumulate: int, checkpointing: bool, exchanges: list[Exchange]
@@ -154,7 +175,7 @@ class InLayout:
         head = sum(part.flops_per_token for part in model.cost.parts if part.name == "head")
         once = model.cost.flops_per_token
         each = 4 * once - head if checkpointing else 3 * once
-        products = rows * model.length * each / self.n + model.optimizer_flops / self.parts
+        products = rows * model.length * each / self.n + model.optimizer_flops / self.some
         whole = self.root_whole + self.calls_whole + sum(self.local(w) for w in self.weights if self._is_apart(w))
         own = [self.local(w) for w in self.weights if w.learns]
         states = sum(self.local(w) * w.states for w in self.weights if w.learns)

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import fields
-from functools import cache
+from functools import cache, partial
 from math import ceil, prod
 from typing import NamedTuple
 
@@ -20,21 +20,27 @@ from seqzoo.models.losses import cross_entropy
 from seqzoo.training.muon import Muon
 from seqzoo.training.objectives import NextToken
 from seqzoo.training.parallel import Layout
-from seqzoo.training.plan_block import Measured, Where, block_run, fake_tensors, measure
+from seqzoo.training.plan_block import Calls, Measured, Where, block_calls, fake_tensors, measure, some_heads
 from seqzoo.training.plan_exchange import Cluster
 
-UNDERSTOOD = {"shard", "replicate", "sequence", "expert_parallel", "timeout_seconds"}  # fields of Layout
+UNDERSTOOD = {"shard", "replicate", "sequence", "tensor", "expert_parallel", "timeout_seconds"}  # fields of Layout
 
 
 class Weight(NamedTuple):
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # with the heads of one process, where they are dealt
+    whole: tuple[int, ...]
     size: int  # bytes of a number
     by_expert: bool
     learns: bool
     states: int  # numbers of optimizer state to each of its own
     more: int  # bytes of state besides
     muon: bool  # a matrix that Muon puts together
+
+    @property
+    def heads(self) -> int:
+        """Processes that its heads are dealt to."""
+        return prod(self.whole) // prod(self.shape)
 
     def bytes(self, parts: int = 1) -> int:
         """The first part's, which is the largest."""
@@ -77,26 +83,43 @@ class PlannedModel:
         self.root: list[Weight] = []
         for name, p in model.named_parameters():
             weight = Weight(
-                name, tuple(p.shape), p.element_size(), id(p) in experts, p.requires_grad, *states[name], name in muon
+                name,
+                *2 * (tuple(p.shape),),
+                p.element_size(),
+                id(p) in experts,
+                p.requires_grad,
+                *states[name],
+                name in muon,
             )
             (self.blocks[inside[id(p)]] if id(p) in inside else self.root).append(weight)
         self.buffers = sum(x.nbytes for x in model.buffers())
         self.measured = cache(self._measure)
+        self.dealt = cache(self._dealt)
+
+    def _dealt(self, tensor: int, apart: bool) -> list[list[Weight]]:
+        """The blocks' weights, with the heads of one of so many processes. Raises ValueError: heads that cannot be."""
+        if self.config.spikes is not None and tensor > 1:
+            raise ValueError("parallel.tensor: expected 1 for a model with spikes, which look at all channels")
+        some = copy.deepcopy(self.model)
+        some_heads(some, Where(1, 1, tensor, 2 if apart else 1, False, 0), [], [])
+        shapes = {name: tuple(p.shape) for name, p in some.named_parameters()}
+        return [[w._replace(shape=shapes[w.name]) for w in block] for block in self.blocks]
 
     def _measure(self, entry: str, where: Where) -> Measured:
         if entry != "head":
-            return measure(self.model.stack.blocks[self.config.pattern.index(entry)], block_run, self._width, where)
+            block = self.model.stack.blocks[self.config.pattern.index(entry)]
+            return measure(block, partial(block_calls, is_last=where.is_last), self._width, where)
         tail = nn.ModuleDict(dict(norm=self.model.stack.norm, head=self.model.lm_head))
-        return measure(tail, _head_run, self._width, where)
+        return measure(tail, _head_calls, self._width, where)
 
     @property
     def _width(self) -> int:
         return self.config.hidden_size
 
 
-def _head_run(tail: nn.Module, x: Tensor, span: object) -> tuple[list[Tensor], int]:
+def _head_calls(tail: nn.Module, x: Tensor, span: object) -> Calls:
     targets = torch.empty(x.shape[:2], dtype=torch.int64)
-    return [cross_entropy(tail["head"], tail["norm"](x), targets)], 0
+    yield [cross_entropy(tail["head"], tail["norm"](x), targets)], 0
 
 
 def _stepped(

@@ -13,7 +13,8 @@ class Found(NamedTuple):
 
 
 def search(planner: Planner, *, tokens: int, timeout_seconds: int) -> Found:
-    """Layouts, checkpointing and micro-batches for steps of so many tokens. Sequences are cut inside a node only.
+    """Layouts, checkpointing and micro-batches for steps of so many tokens. Sequences are cut and heads dealt inside a
+    node only.
 
     Raises:
         ValueError: tokens that are no whole rows.
@@ -24,8 +25,8 @@ def search(planner: Planner, *, tokens: int, timeout_seconds: int) -> Found:
     plans: list[Plan] = []
     refused: list[tuple[str, str]] = []
     for layout in _layouts(planner, timeout_seconds):
-        replicate, shard, sequence = layout.sizes(planner.cluster.devices)
-        name = f"{replicate} x {shard} x {sequence}" + (", experts apart" if layout.expert_parallel else "")
+        replicate, shard, *_ = sizes = layout.sizes(planner.cluster.devices)
+        name = " x ".join(map(str, sizes)) + (", experts apart" if layout.expert_parallel else "")
         try:
             standing, has = planner.standing(layout), planner.cluster.memory - planner.cluster.reserve
         except ValueError as error:
@@ -55,13 +56,13 @@ def _order(plan: Plan) -> tuple[float, float, int]:
 def _layouts(planner: Planner, timeout_seconds: int) -> Iterator[Layout]:
     devices = planner.cluster.devices
     experts = any(w.by_expert for block in planner.blocks for w in block)
-    for sequence in _divisors(planner.cluster.devices_per_node):
-        for replicate in _divisors(devices // sequence):
+    pairs = ((a, b) for a in _divisors(planner.cluster.devices_per_node) for b in _divisors(a))
+    for stretches, tensor in pairs:
+        for replicate in _divisors(devices // stretches):
             for apart in (False, True) if experts and replicate < devices else (False,):
-                shard = devices // sequence // replicate
                 yield Layout(
-                    shard=shard, replicate=replicate, sequence=sequence, expert_parallel=apart,
-                    timeout_seconds=timeout_seconds,
+                    shard=devices // stretches // replicate, replicate=replicate, sequence=stretches // tensor,
+                    tensor=tensor, expert_parallel=apart, timeout_seconds=timeout_seconds,
                 )  # fmt: skip
 
 

@@ -9,11 +9,14 @@ Source: Shoeybi et al. 2019, arXiv 1909.08053; with stretches between the parts,
 2205.05198.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from seqzoo.kernels.across import joined, ranks, split_sequence, summed, summed_stretch
+from seqzoo.kernels.across import joined, ranks, summed, summed_stretch
 from seqzoo.kernels.exchanges import Ranks as Over
 from seqzoo.kernels.linear import linear
 from seqzoo.layers.linear import Linear
@@ -29,11 +32,13 @@ class Tensors:
     Args:
         over: the group.
         line: all processes that have stretches of the same sequences, in their order.
-        sequence: those of them that this one's heads read stretches with; None reads all.
+        inside: entered around a part's call, where tokens are split over those of them that have the same heads.
     """
 
-    def __init__(self, over: Over, line: "dist.ProcessGroup", sequence: "dist.ProcessGroup | None") -> None:
-        self.over, self.line, self.sequence = over, line, sequence
+    def __init__(
+        self, over: Over, line: "dist.ProcessGroup | None", inside: Callable[[], AbstractContextManager]
+    ) -> None:
+        self.over, self.line, self.inside = over, line, inside
         self.known: tuple[Span, Span] | None = None  # the last span, and that of all of the group's tokens
 
     def deal(self, model: nn.Module, *, leave_out: tuple[str, ...] = ()) -> None:
@@ -98,6 +103,8 @@ class Tensors:
         if self.known is None or self.known[0].positions is not span.positions:
             if span.valid is not None:
                 raise ValueError("parallel.tensor: expected rows without padding, got some with it")
+            if self.over.sent is not None:  # of nobody who is there
+                return span._replace(positions=span.positions.repeat(1, self.over.size))
             starts = torch.zeros_like(span.positions) if span.starts is None else span.starts.long()
             facts = joined(torch.stack([span.positions, starts], -1), self.over)
             starts = facts[..., 1].bool()
@@ -117,7 +124,7 @@ class _Call:
             y, more = self.forward(x, span, *rest)
             return summed(y, group.over), more
         x, span = joined(x, group.over), None if span is None else group.span_of_all(span)
-        with split_sequence(group.sequence):
+        with group.inside():
             y, more = self.forward(x, span, *rest)
         return summed_stretch(y, group.over), more
 
