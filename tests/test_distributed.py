@@ -157,7 +157,10 @@ def test_another_number_of_processes_goes_on(alone):
     layouts |= dict(heads=["parallel=tensor"], all=["parallel=expert", "parallel.sequence=2", "parallel.tensor=2"])
     layouts |= dict(copies=["parallel=tensor", "parallel.replicate=2"])
     jobs = [job(from_step(f"four-{n}", last, 2), *more, resume="auto") for n, more in layouts.items()]
+    jobs += [job(home / f"sinks-{how}-4", model="sinks", parallel=how) for how in ("context", "tensor")]
     launch(4, jobs, home)
+    for how in ("context", "tensor"):
+        assert_same_losses(home / f"sinks-{how}-4", losses(home / "sinks-1"))
     after = {key: loss for key, loss in expected.items() if key[1] > 2}
     for name in layouts:
         assert_same_losses(home / f"four-{name}", after)
@@ -165,6 +168,14 @@ def test_another_number_of_processes_goes_on(alone):
     launch(1, [job(folder, resume="auto") for folder in again], home)
     for folder in again:
         assert_same_losses(folder, {key: loss for key, loss in expected.items() if key[1] > 4})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fsdp", "context", "tensor", "expert"])
+def test_compiled(alone, how):
+    """Blocks compiled on each process at its own pace, exchanges between what is compiled."""
+    launch(2, [job(alone / f"compiled-{how}", parallel=how, compile="true")], alone)
+    assert_same_losses(alone / f"compiled-{how}", losses(alone / "hybrid-1"))
 
 
 def test_a_process_hangs(alone):
