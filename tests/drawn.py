@@ -154,7 +154,8 @@ def mixer(r: Random, place: str, new: bool = True) -> list[str]:
     names = ["a", "b", "c"][: r.choice([1, 2, 3])]
     for name in names:
         words += part(r, "mixer", MIXERS, f"{place}.branches.{name}")
-    return [*words, f"{place}.norm={r.choice(NORMS)}", f"{place}.branch_dropout={said({'a': 0.5} if flip(r) else {})}"]
+    dropped = [f"+{place}.branch_dropout.a=0.5"] if flip(r) else []
+    return [*words, f"{place}.norm={r.choice(NORMS)}", *dropped]
 
 
 def composed(r: Random) -> list[str]:
@@ -180,13 +181,13 @@ def composed(r: Random) -> list[str]:
         vocab_size=r.choice([257, 264]),
     )  # fmt: skip
     words += [f"{'+' if name not in KNOWN else ''}model.{name}={said(x)}" for name, x in model.items()]
-    looks_back = any(f"={kind}" in word for word in words for kind in ("attention", "momentum_attention"))
-    if looks_back and r.random() < 0.3:
+    has = lambda *names: any(word.endswith(f"={kind}") for word in words for kind in names)
+    if has("attention", "momentum_attention", "latent_attention") and r.random() < 0.3:
         words.append("+model.num_sink_tokens=2")
-    if r.random() < 0.1:
-        words.append("+model.spikes={k: 3.0, through_threshold: false, head: false, skip: []}")
-    if r.random() < 0.3:
+    elif r.random() < 0.3:  # with sinks there is none
         words += [f"+model.mtp={said(dict(pattern=entries[-1:]))}", "objective=mtp"]
+    if not has("bdh", "monotone_mlp") and r.random() < 0.15:  # whose matrices are not spiked
+        words.append("+model.spikes={k: 3.0, through_threshold: false, head: false, skip: []}")
     return words
 
 
