@@ -84,4 +84,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for job in json.loads(Path(sys.argv[1]).read_text()):
         run(job)
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()

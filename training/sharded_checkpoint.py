@@ -13,6 +13,7 @@ Not PyTorch's own distributed format, whose index is a pickle: these folders are
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Thread
@@ -179,6 +180,27 @@ def _pieces(shape: tuple[int, ...], offset: tuple[int, ...], split: Split | None
         yield dict(offset=put(offset, there), shape=put(shape, n), at=put(none, here))
 
 
+def _is_entry(entry: Any) -> bool:
+    """Whether an index may say this of a tensor: parts inside it, in files of the checkpoint's own."""
+    sizes = lambda x, n: isinstance(x, list) and len(x) == n and all(type(i) is int and i >= 0 for i in x)
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "parts"}:
+        return False
+    whole, dims = entry["shape"], len(entry["shape"]) if isinstance(entry["shape"], list) else -1
+    if dims < 0 or not sizes(whole, dims) or not isinstance(entry["parts"], list):
+        return False
+    if not isinstance(entry["dtype"], str) or not isinstance(getattr(torch, entry["dtype"], None), torch.dtype):
+        return False
+    return all(
+        isinstance(part, dict)
+        and {"file", "offset", "shape"} <= part.keys() <= {"file", "offset", "shape", "at"}
+        and isinstance(part["file"], str)
+        and re.fullmatch(rf"{SHARDS}/rank-\d+\.safetensors", part["file"]) is not None
+        and all(sizes(part[name], dims) for name in part.keys() - {"file"})
+        and all(a + n <= size for a, n, size in zip(part["offset"], part["shape"], whole, strict=True))
+        for part in entry["parts"]
+    )
+
+
 class Shards:
     """The tensors of a sharded checkpoint, read as they are needed. Raises ValueError: an index that is no index."""
 
@@ -188,6 +210,11 @@ class Shards:
             self.index = json.loads((path / INDEX).read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"{path / INDEX}: expected an index of tensors: {error}") from error
+        if not isinstance(self.index, dict):
+            raise ValueError(f"{path / INDEX}: expected an index of tensors, got {type(self.index).__name__}")
+        for name, entry in self.index.items():
+            if not _is_entry(entry):
+                raise ValueError(f"{path / INDEX}: {name}: expected parts of a tensor in {SHARDS}, got {entry!r:.300}")
 
     def read(self, name: str, shape: tuple[int, ...] | None = None, offset: tuple[int, ...] | None = None) -> Tensor:
         """A tensor, or the part of it that has this shape and begins there.
@@ -200,7 +227,7 @@ class Shards:
             raise ValueError(f"{self.path}: expected a tensor {name!r}, got none of that name")
         shape = tuple(entry["shape"]) if shape is None else shape
         offset = (0,) * len(shape) if offset is None else offset
-        found, filled = torch.empty(shape, dtype=getattr(torch, entry["dtype"])), 0
+        found, filled = torch.empty(shape, dtype=getattr(torch, entry["dtype"])), torch.zeros(shape, dtype=torch.bool)
         for part in entry["parts"]:
             low = [max(a, b) for a, b in zip(offset, part["offset"], strict=True)]
             high = [min(a + n, b + m) for a, n, b, m in zip(offset, shape, part["offset"], part["shape"], strict=True)]
@@ -209,12 +236,17 @@ class Shards:
             begins = [b - at for b, at in zip(part["offset"], part.get("at", [0] * len(shape)), strict=True)]
             there = tuple(slice(a - b, h - b) for a, h, b in zip(low, high, begins, strict=True))
             here = tuple(slice(a - b, h - b) for a, h, b in zip(low, high, offset, strict=True))
-            with safe_open(self.path / part["file"], "pt") as file:
-                x = file.get_slice(name)[there] if there else file.get_tensor(name)
-            found[here] = x
-            filled += x.numel()
-        if filled != found.numel():
-            raise ValueError(f"{self.path}: {name}: expected parts of {found.numel()} numbers, got {filled}")
+            try:
+                with safe_open(self.path / part["file"], "pt") as file:
+                    x = file.get_slice(name)[there] if there else file.get_tensor(name)
+            except (OSError, SafetensorError, IndexError) as error:
+                raise ValueError(f"{self.path}: {name}: expected a part of it in {part['file']}: {error}") from error
+            if x.shape != found[here].shape or x.dtype != found.dtype or filled[here].any():
+                raise ValueError(f"{self.path}: {name}: expected {part}, once, got {list(x.shape)} of {x.dtype}")
+            found[here], filled[here] = x, True
+        if not filled.all():
+            missing = int((~filled).sum())
+            raise ValueError(f"{self.path}: {name}: expected parts of {found.numel()} numbers, {missing} are missing")
         return found
 
     def like(self, name: str, x: Tensor, split: Split | None = None) -> Tensor:
