@@ -19,6 +19,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable, which is imported with all that compiles
 
 from seqzoo.kernels.exchanges import FromBefore, Gather, Ranks, Scatter, Sent, Sum, Tied
 
@@ -66,7 +67,7 @@ def check_whole(op: str, state: object) -> None:
         raise ValueError(f"{op}: state: expected None while the sequence is split over ranks, got one")
 
 
-@torch.compiler.disable
+@_disable_dynamo
 def gathered(x: Tensor, over: Ranks | None = None) -> Tensor:
     """x of every rank, [ranks, *x.shape], with gradients. `over`: other ranks than those the sequence is split over."""
     return Gather.apply(x, over or _split)
@@ -77,19 +78,19 @@ def joined(x: Tensor, over: Ranks | None = None) -> Tensor:
     return gathered(x, over).movedim(0, 1).flatten(1, 2)
 
 
-@torch.compiler.disable
+@_disable_dynamo
 def summed(x: Tensor, over: Ranks) -> Tensor:
     """The sum of all ranks' x, with gradients: what is learned is the sum of what is made of each one's copy."""
     return Sum.apply(x, over)
 
 
-@torch.compiler.disable
+@_disable_dynamo
 def summed_stretch(x: Tensor, over: Ranks) -> Tensor:
     """x [B, ranks T, ...], a summand on every rank -> this rank's stretch [B, T, ...] of the sum, with gradients."""
     return Scatter.apply(x.unflatten(1, (over.size, -1)).movedim(1, 0), over)
 
 
-@torch.compiler.disable
+@_disable_dynamo
 def from_before(x: Tensor) -> Tensor:
     """x of the rank before, zeros for the first, with gradients."""
     return FromBefore.apply(x, _split)
@@ -109,7 +110,7 @@ def open_from_begin(starts: Tensor | None, shape: tuple[int, int], device: torch
     return starts.cumsum(1) == 0
 
 
-@torch.compiler.disable
+@_disable_dynamo
 def memory_before(end: Tensor, moves: Callable[[Tensor, Tensor], Tensor], transition: Tensor) -> Tensor:
     """The memory with which this rank's stretch begins.
 
@@ -162,12 +163,14 @@ def pool_counts(group: "dist.ProcessGroup | None") -> Iterator[None]:
         _pool = before
 
 
-@torch.compiler.disable
 def pooled(counts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """Sums over all ranks inside `pool_counts`, with gradients; else the very counts."""
+    return counts if _pool is None or not any(counts) else _pooled(counts)
+
+
+@_disable_dynamo
+def _pooled(counts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     flat = [x for block in counts for x in block.values()]
-    if _pool is None or not flat:
-        return counts
     sizes = [x.numel() for x in flat]
     sums = iter(Sum.apply(torch.cat([x.flatten() for x in flat]), Ranks(_pool, 0, 0)).split(sizes))
     return [{name: next(sums).view_as(x).clone() for name, x in block.items()} for block in counts]

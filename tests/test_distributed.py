@@ -97,6 +97,7 @@ def test_two_processes(alone, tmp_path):
     jobs += [job(home / "two-2", accumulate=2, batch_size=2, shuffle_buffer=4)]
     jobs += [job(home / "muon-tensor", optimizer=["optimizer.ns_dtype=float32"], parallel="tensor", steps=2)]
     jobs += [job(home / f"mtp-{how}", *MTP, parallel=how, steps=2) for how in ("context", "tensor")]
+    jobs += [job(home / "profiled", steps=2, profile_every=2)]
     refused = {
         "expected one configuration on all processes, got another on [1], in ['seed']": (["seed=1"], {}, {}),
         "trainer.batch_size: expected a multiple of replicate x shard=2, got 3": ([], dict(batch_size=3), {}),
@@ -130,6 +131,11 @@ def test_two_processes(alone, tmp_path):
     assert_same_losses(home / "two-2", losses(home / "two-1"))
     for name in ("mtp-context", "mtp-tensor"):
         assert_same_losses(home / name, losses(home / "mtp-1"))
+        for ours, theirs in zip(written(home / name), written(home / "mtp-1"), strict=True):
+            assert ours.get("mtp_loss") == pytest.approx(theirs.get("mtp_loss"), abs=NEAR)
+    (line,) = (line for line in written(home / "profiled") if line["split"] == "profile")
+    assert 0 < line["waiting"] <= line["communication"] < 1
+    assert len(list((home / "profiled" / "traces").iterdir())) == 2
     one, *others = (Shards(home / f"hybrid-{n}" / "checkpoints" / "step-00000002") for n in (1, 2, "tensor"))
     for two in others:
         assert one.index.keys() == two.index.keys()

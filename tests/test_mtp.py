@@ -1,13 +1,14 @@
 """Multi-token prediction: its loss is a plain loop's, its tensors are Qwen3-Next's, and nobody else looks at it."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_module
-from runs import HYBRID, run
+from runs import HYBRID, run, written
 from safetensors.torch import load_file, save_file
 from small_qwen3_next import VOCAB, small
 from torch import nn
@@ -196,6 +197,11 @@ def test_training_and_going_on(tmp_path):
         for name in ("whole", "cut", "next")
     )
     assert_close(cut, whole, rtol=0, atol=0)
+    shown = [line for line in written(tmp_path / "whole") if line["split"] == "train"]
+    assert shown == [line for line in written(tmp_path / "cut") if line["split"] == "train"]
+    for line in shown:  # a new model knows nothing: both are near a guess among all tokens
+        assert abs(line["mtp_loss"] - math.log(264)) < 1 and line["mtp_loss"] != line["loss"]
+    assert all("mtp_loss" not in line for line in written(tmp_path / "next"))
     first = SeqZooForCausalLM.from_pretrained(tmp_path / "next" / "checkpoints" / "step-00000002")
     for name, x in first.state_dict().items():
         assert torch.equal(x, next_token[name]) == name.startswith("mtp."), name

@@ -1,5 +1,6 @@
 """Training: optimizers and schedules are what they say, and a run leaves what people expect to see."""
 
+import gzip
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from seqzoo.training.closing import print_sample
 from seqzoo.training.logbook import Logbook, records
 from seqzoo.training.muon import Muon, orthogonal
 from seqzoo.training.optimizers import adamw, muon
+from seqzoo.training.profile import length, union, without
 from seqzoo.training.schedules import cosine, wsd
 from seqzoo.training.stopping import StopRequest
 
@@ -405,13 +407,13 @@ def poison(monkeypatch, steps, name="loss"):
     backward, count = trainer_module.Trainer._backward, [0]
 
     def poisoned(self, batches):
-        stats, nats, loss = backward(self, batches)
+        stats, sums = backward(self, batches)
         count[0] += 1
         if count[0] in steps and name == "gradient":
             self.params[0].grad.view(-1)[0] = math.inf
         elif count[0] in steps:
-            loss, nats = loss * math.nan, nats * math.nan
-        return stats, nats, loss
+            sums = {name: value * math.nan for name, value in sums.items()}
+        return stats, sums
 
     monkeypatch.setattr(trainer_module.Trainer, "_backward", poisoned)
 
@@ -493,6 +495,29 @@ def test_a_signal_is_the_exit_code(number, tmp_path):
     rest = process.stdout.read()
     assert process.wait() == 128 + number
     assert f"{number.name}: stopped after step" in rest and len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
+def test_times_of_a_profile():
+    """Of collectives at 0-4 and 6-9 and work at 1-2, 3-7 and 20-30, 2 + 1 + 2 have nothing beside them."""
+    exchanges, work = [(6, 9), (0, 3), (2, 4)], [(3, 5), (4, 7), (20, 30), (1, 2)]
+    assert union(exchanges) == [(0, 4), (6, 9)] and length(exchanges) == 7
+    assert without(exchanges, work) == [(0, 1), (2, 3), (7, 9)]
+    assert without(exchanges, []) == union(exchanges) and without([], work) == [] and without(work, work) == []
+
+
+def test_a_profiled_run(tmp_path):
+    """Steps are those of a run that is not; one process exchanges nothing, and its traces can be read."""
+    run(tmp_path / "plain", steps=4)
+    run(tmp_path / "seen", steps=4, profile_every=2)
+    lines = written(tmp_path / "seen")
+    assert [line for line in lines if line["split"] != "profile"] == written(tmp_path / "plain")
+    profiles = [line for line in lines if line["split"] == "profile"]
+    assert [(x["step"], x["communication"], x["waiting"]) for x in profiles] == [(2, 0.0, 0.0), (4, 0.0, 0.0)]
+    for step in (2, 4):
+        with gzip.open(tmp_path / "seen" / "traces" / f"step-{step:08d}.rank-00000.json.gz") as file:
+            assert any(event.get("name") == "aten::mm" for event in json.load(file)["traceEvents"])
+    with pytest.raises(ValueError, match="trainer.profile_every: expected at least 1 or null, got 0"):
+        run(tmp_path / "other", profile_every=0)
 
 
 def test_a_spike_is_skipped(tmp_path, capsys):

@@ -38,6 +38,7 @@ class Result(NamedTuple):
     loss: Tensor  # [] what is learned from
     shown: Tensor  # [] what the log has of it, per token
     stats: Stats  # what the model's blocks counted; empty where they did not run
+    beside: dict[str, Tensor] = {}  # [] each, per token: what else the log has, by name
 
 
 class Objective(Protocol):
@@ -66,7 +67,8 @@ class NextToken:
 class MultiToken:
     """Cross-entropy of the next token, + weight times that of the token after it, and what the blocks add.
 
-    What is shown is the next token's alone. Source: DeepSeek-V3, arXiv 2412.19437, section 2.2.
+    What is shown is the next token's alone, and beside it `mtp_loss`, in nats over as many tokens.
+    Source: DeepSeek-V3, arXiv 2412.19437, section 2.2.
 
     Args:
         model: with a module for it (`mtp` in its config).
@@ -93,7 +95,8 @@ class MultiToken:
             **inputs, num_items_in_batch=targets, stats=stats, use_cache=False, return_logits=False,
             mtp_weight=self.weight,
         )  # fmt: skip
-        return Result(out.loss, out.loss - out.aux_loss - self.weight * out.mtp_loss, out.stats)
+        told = out.loss - out.aux_loss - self.weight * out.mtp_loss
+        return Result(out.loss, told, out.stats, dict(mtp_loss=out.mtp_loss))
 
 
 class Distil:

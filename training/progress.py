@@ -30,12 +30,14 @@ class Progress:
             self.bar.stop()
 
     def step(
-        self, step: int, seconds: float, *, loss: float, tokens_per_second: float, bits_per_byte: float | None = None
-    ) -> None:
-        """Show a step that took so long. loss: the objective's; nats/token where there are bits."""
+        self, step: int, seconds: float, *, loss: float, tokens_per_second: float, bits_per_byte: float | None = None,
+        **beside: float,
+    ) -> None:  # fmt: skip
+        """Show a step that took so long. loss: the objective's; nats/token where there are bits. beside: by name."""
         self.seconds += seconds
         bits = "" if bits_per_byte is None else f"{bits_per_byte:.3f} bits/byte  "
-        facts = f"loss {loss:.4f}  {bits}{tokens_per_second:,.0f} tokens/s"
+        more = "".join(f"{name} {value:.4f}  " for name, value in beside.items())
+        facts = f"loss {loss:.4f}  {bits}{more}{tokens_per_second:,.0f} tokens/s"
         if self.bar is not None:
             self.bar.update(self.task, completed=step, facts=facts)
         elif not self.quiet and (step % self.every == 0 or step == self.steps):

@@ -25,6 +25,8 @@ class Settings:
             not finite are; None skips none.
         max_minutes: of training; None leaves the end to `steps`. A run that ends by the clock is not reproducible.
         log_every, validate_every, checkpoint_every: steps from one to the next; the end always counts.
+        profile_every: steps from one that is profiled to the next, a share of its time spent in exchanges written down
+            and a trace of each process laid into the run folder; None profiles none. Such a step takes longer.
         validation_tokens: of a validation on the way, spread evenly over all.
         final_validation_bytes: of the validation set, which is all used at the end.
         keep: checkpoints to keep.
@@ -49,6 +51,7 @@ class Settings:
     max_minutes: float | None
     log_every: int
     validate_every: int
+    profile_every: int | None
     validation_tokens: int
     final_validation_bytes: int
     checkpoint_every: int
@@ -66,8 +69,10 @@ class Settings:
         for name in (*counts, "validation_tokens", "final_validation_bytes", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name}: expected at least 1, got {getattr(self, name)}")
-        if self.milestone_every is not None and self.milestone_every < 1:
-            raise ValueError(f"trainer.milestone_every: expected at least 1 or null, got {self.milestone_every}")
+        for name in ("milestone_every", "profile_every"):
+            every = getattr(self, name)
+            if every is not None and every < 1:
+                raise ValueError(f"trainer.{name}: expected at least 1 or null, got {every}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"trainer.precision: expected one of {PRECISIONS}, got {self.precision!r}")
         if self.clip is not None and not self.clip > 0:

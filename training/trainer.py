@@ -25,6 +25,7 @@ from seqzoo.training.evaluate import bits, evaluate
 from seqzoo.training.logbook import Logbook
 from seqzoo.training.objectives import Objective
 from seqzoo.training.parallel import Ranks
+from seqzoo.training.profile import profiled
 from seqzoo.training.progress import Progress
 from seqzoo.training.schedules import Schedule
 from seqzoo.training.settings import Settings
@@ -42,6 +43,8 @@ from seqzoo.training.state import (
 )
 
 log = logging.getLogger(__name__)
+LOSS, BESIDE = "loss", "beside/"  # of sums, the whole loss, and what others are named with
+TRACES = "traces"  # folder in a run's
 MEMORY, SETTLED = 0.02, 20  # of the running mean, the weight of a step; steps before it is trusted
 VERSION_KEYS = {"transformers_version", "_name_or_path", "architectures", "dtype"}  # say how a config was written
 
@@ -148,11 +151,16 @@ class Trainer:
         while not ended:
             alive()
             start = time.perf_counter()
-            record = self._step(progress)
+            every = settings.profile_every
+            with profiled() if every and (self.step + 1) % every == 0 else nullcontext() as seen:
+                record = self._step(progress)
             seconds = time.perf_counter() - start
             self.seconds += seconds
             self.window["seconds"] += seconds
             progress.step(self.step, seconds, **self._shown())
+            if seen is not None:
+                seen.save(self.folder / TRACES / f"step-{self.step:08d}.rank-{self.ranks.rank:05d}.json.gz")
+                logbook.write("profile", self.step, tokens=self.tokens, **seen.shares)
             out_of_time = settings.max_minutes is not None and time.monotonic() - began >= 60 * settings.max_minutes
             asked, out_of_time = self.ranks.most(stop.received or 0, int(out_of_time))
             stop.received = asked or stop.received
@@ -183,10 +191,11 @@ class Trainer:
         began = time.perf_counter()
         batches = [next(self.batches) for _ in range(self.settings.accumulate)]
         self.window["waited"] += time.perf_counter() - began
-        stats, nats, loss = self._backward(batches)
+        stats, sums = self._backward(batches)
         self.ranks.finish_gradients(self.model)
         norm = clip_norm(self.params, self.settings.clip)
-        nats, loss, norm = (*self.ranks.sum(torch.stack([nats, loss])).tolist(), norm.item())
+        sums, norm = dict(zip(sums, self.ranks.sum(torch.stack([*sums.values()])).tolist(), strict=True)), norm.item()
+        loss = sums.pop(LOSS)
         self.step += 1
         read = sum(batch.num_targets for batch in batches)  # what only fills a row is no token
         self.tokens += read
@@ -199,8 +208,9 @@ class Trainer:
             self.model.after_step(stats)
             self.skips = 0
             self.usual = norm if self.usual is None else (1 - MEMORY) * self.usual + MEMORY * norm
-            for name, value in (("nats", nats), ("steps", 1)):
-                self.window[name] += value
+            self.window["steps"] += 1
+            for name, value in sums.items():
+                self.window[name] = self.window.get(name, 0.0) + value
             for name in ("num_targets", "num_bytes"):
                 self.window[name] += sum(getattr(batch, name) for batch in batches)
         else:
@@ -209,11 +219,11 @@ class Trainer:
             p.grad = None
         return dict(lr=self.rates[0][0] * factor, grad_norm=norm if math.isfinite(norm) else None, stats=stats)
 
-    def _backward(self, batches: list[Batch]) -> tuple[Stats, Tensor, Tensor]:
-        """Gradients of all micro-batches -> their counts, the cross-entropy in nats, the whole loss."""
+    def _backward(self, batches: list[Batch]) -> tuple[Stats, dict[str, Tensor]]:
+        """Gradients of all micro-batches -> their counts; sums: the whole loss, what is shown, what is beside it."""
         model, device = self.model, self.params[0].device
         targets = sum(batch.num_targets for batch in batches)
-        stats, nats, total = None, torch.zeros((), device=device), torch.zeros((), device=device)
+        stats, sums = None, {}
         for i, batch in enumerate(batches):
             self.ranks.sync_gradients(model, i + 1 == len(batches))
             with self.ranks.together():
@@ -221,10 +231,11 @@ class Trainer:
                     out = self.objective(model, self.ranks.stretch(batch).inputs(device), targets, stats)
                 (out.loss * self.ranks.size if self.ranks.size > 1 else out.loss).backward()  # means are taken of them
             with torch.no_grad():
-                total += out.loss
-                nats += out.shown * targets
+                found = dict(nats=out.shown, **{f"{BESIDE}{name}": value for name, value in out.beside.items()})
+                found = {LOSS: out.loss, **{name: value * targets for name, value in found.items()}}
+                sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
                 stats = _pooled(stats, out.stats)
-        return stats, nats, total
+        return stats, sums
 
     def _is_usual(self, loss: float, norm: float) -> bool:
         """Whether a step is to be taken: finite, and its gradient not far beyond those before, where that is asked."""
@@ -267,7 +278,9 @@ class Trainer:
             return dict(loss=math.nan, **unknown, tokens_per_second=0.0)
         loss, speed = window["nats"] / window["num_targets"], window["tokens"] / window["seconds"]
         shown = dict(bits_per_byte=bits(window["nats"], window["num_bytes"])) if self.objective.in_nats else {}
-        return dict(loss=loss, **shown, tokens_per_second=speed)
+        beside = {name: value for name, value in window.items() if name.startswith(BESIDE)}
+        beside = {name.removeprefix(BESIDE): value / window["num_targets"] for name, value in beside.items()}
+        return dict(loss=loss, **shown, **beside, tokens_per_second=speed)
 
     def _save(self, *, must: bool) -> None:
         tensors, generators = random_state()

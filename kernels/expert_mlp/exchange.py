@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.distributed.tensor import DTensor
 
 from seqzoo.kernels.across import Sent
@@ -37,7 +38,7 @@ def are_elsewhere(experts: Tensor) -> bool:
     return isinstance(experts, DTensor) or _imagined is not None
 
 
-@torch.compiler.disable
+@_disable_dynamo
 def expert_mlp_exchanged(
     run: Callable[..., Tensor], x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor,
     hidden: Hidden | None,
