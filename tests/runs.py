@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from hydra import compose, initialize_config_module
 
 from seqzoo.train import train
@@ -49,8 +50,12 @@ def run(folder: Path, *more: str, picture: bool = False, **trainer) -> dict:
     """Train in this process -> the closing record. A picture takes longer than the rest: only if asked."""
     with initialize_config_module("seqzoo.configs", version_base=None):
         cfg = compose("train", overrides=options(folder, *more, **trainer))
-    with StopRequest() as stop, one_thread(), nullcontext() if picture else patch("seqzoo.train.draw_losses"):
-        return train(cfg, folder, stop)
+    try:
+        with StopRequest() as stop, one_thread(), nullcontext() if picture else patch("seqzoo.train.draw_losses"):
+            return train(cfg, folder, stop)
+    finally:
+        if dist.is_initialized():  # by a layout of many processes, of which this one is all
+            dist.destroy_process_group()
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
 from runs import HYBRID, run, written
 
 from seqzoo.training import sharded_checkpoint
@@ -16,13 +15,6 @@ from seqzoo.training.sharded_checkpoint import INDEX, Shards
 
 NUMBERS = dict(steps=6, checkpoint_every=2, log_every=1, sample_tokens=0, keep=3)
 SHARD = "shards/rank-00000.safetensors"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone():
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

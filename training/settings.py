@@ -18,6 +18,7 @@ class Settings:
         shuffle_buffer: documents that are shuffled at a time.
         clip: the largest norm of the gradient; None does not clip.
         precision: "fp32", or "bf16" for autocast.
+        float8: the blocks' linear layers multiply numbers of eight bits, as `models/float8.py` has it.
         compile, gradient_checkpointing: torch.compile; activations computed again instead of kept.
         device: "cpu", "cuda", ...; None is a GPU where there is one.
         max_skips: steps in a row whose loss or gradient is not finite that end the run.
@@ -43,6 +44,7 @@ class Settings:
     shuffle_buffer: int
     clip: float | None
     precision: str
+    float8: bool
     compile: bool
     gradient_checkpointing: bool
     device: str | None

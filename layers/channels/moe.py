@@ -44,6 +44,7 @@ class MoE(nn.Module):
     """
 
     BY_EXPERT = ("gate_up_proj", "down_proj")  # stacks of experts, which may be cut over processes between experts
+    PRECISE = ("router", "shared_gate")  # see `layers/float8.py`
     SPIKES = {"gate_up_proj": "input_spikes", "down_proj": "hidden_spikes"}  # where an own matrix's input is spiked
 
     def __init__(

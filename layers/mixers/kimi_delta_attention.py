@@ -43,6 +43,8 @@ class KimiDeltaAttention(nn.Module):
         ValueError: a size below 1.
     """
 
+    PRECISE = ("beta_proj", "decay_down_proj", "decay_up_proj")  # see `layers/float8.py`
+
     def __init__(
         self,
         hidden_size: int,

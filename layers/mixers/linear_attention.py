@@ -79,6 +79,8 @@ class LinearAttention(nn.Module):
         ValueError: sizes or options that do not fit each other.
     """
 
+    PRECISE = ("decay_proj", "decay_down", "decay_up")  # see `layers/float8.py`
+
     def __init__(
         self,
         hidden_size: int,

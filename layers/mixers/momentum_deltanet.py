@@ -57,6 +57,8 @@ class MomentumDeltaNet(nn.Module):
         ValueError: a size below 1, num_value_heads no multiple of num_key_heads, other gates.
     """
 
+    PRECISE = ("bame_proj",)  # see `layers/float8.py`
+
     def __init__(
         self,
         hidden_size: int,
