@@ -116,12 +116,35 @@ def test_killed_at_random_moments(layout, tmp_path, request):
                 raise AssertionError((folder.parent / "said").read_text()[-5000:])
             print(f"{layout}: killed {kill(process, draw, LAYOUTS[layout])}: {moment}", flush=True)
             left -= 1
-        assert written(folder) == written(whole)
-        ours, theirs = (x / "checkpoints" / f"step-{STEPS:08d}" for x in (folder, whole))
-        assert damage_of(ours) is None
-        files = sorted(path.relative_to(theirs) for path in theirs.rglob("*.safetensors"))
-        assert files and files == sorted(path.relative_to(ours) for path in ours.rglob("*.safetensors"))
-        for file in files:
-            one, other = load_file(ours / file), load_file(theirs / file)
-            assert one.keys() == other.keys()
-            assert all(torch.equal(one[name], other[name]) for name in one if not name.startswith("rng/")), file
+        assert_same(folder, whole)
+
+
+@pytest.mark.slow
+def test_asked_to_leave(tmp_path):
+    """SIGTERM to torchrun, as a cluster sends it: the step is finished and saved, and the run goes on from there."""
+    whole, folder = tmp_path / "whole" / "run", tmp_path / "left" / "run"
+    assert started(whole, "fsdp").wait(timeout=300) == 0
+    for step in (5, 20):
+        process = started(folder, "fsdp")
+        while steps_of(folder) < step:
+            assert process.poll() is None, (folder.parent / "said").read_text()[-3000:]
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=60) != 0
+        newest = sorted((folder / "checkpoints").iterdir())[-1]
+        assert damage_of(newest) is None and newest.name == f"step-{steps_of(folder):08d}"
+    assert started(folder, "fsdp").wait(timeout=300) == 0
+    assert_same(folder, whole)
+
+
+def assert_same(folder, whole):
+    """What is written down, and what the last checkpoint holds."""
+    assert written(folder) == written(whole)
+    ours, theirs = (x / "checkpoints" / f"step-{STEPS:08d}" for x in (folder, whole))
+    assert damage_of(ours) is None
+    files = sorted(path.relative_to(theirs) for path in theirs.rglob("*.safetensors"))
+    assert files and files == sorted(path.relative_to(ours) for path in ours.rglob("*.safetensors"))
+    for file in files:
+        one, other = load_file(ours / file), load_file(theirs / file)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one if not name.startswith("rng/")), file
