@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from runs import HYBRID, options, run, written
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqzoo.data.packing import IGNORED, TrainingBatches
 from seqzoo.data.stdlib import stdlib
@@ -283,6 +284,35 @@ def test_gradient_checkpointing_computes_the_same_again(tmp_path, trainers, monk
     assert [trainer.model.stack.gradient_checkpointing for trainer in trainers] == [False, True]
     assert sum(counted) == 20 + 2 * 20  # one layer, forward and once more on the way back
     assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-3) for a, b in zip(kept, again, strict=True))
+
+
+class Products(TorchDispatchMode):
+    """How many there are inside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.name().startswith(("aten::mm", "aten::addmm"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_selective_checkpointing_keeps_products(tmp_path, trainers):
+    """The same gradients to the bit; blocks' products are not made again, which all of them are otherwise."""
+    counts, grads = {}, {}
+    for how in ("false", "true", "selective"):
+        run(tmp_path / how, f"trainer.gradient_checkpointing={how}", steps=1, sample_tokens=0)
+        trainer = trainers[-1]
+        trainer.model.train()
+        torch.manual_seed(0)
+        ids = torch.randint(264, (2, 24))
+        with Products() as seen:
+            trainer.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        counts[how], grads[how] = seen.count, [p.grad for p in trainer.model.parameters()]
+    assert counts["selective"] == counts["false"] and counts["true"] >= counts["false"] + 6, counts
+    for a, b, c in zip(*grads.values(), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    with pytest.raises(ValueError, match="gradient_checkpointing: expected true, false or selective, got 'some'"):
+        run(tmp_path / "wrong", "trainer.gradient_checkpointing=some")
 
 
 def test_a_run_without_a_sample(tmp_path, capsys):

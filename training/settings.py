@@ -19,7 +19,9 @@ class Settings:
         clip: the largest norm of the gradient; None does not clip.
         precision: "fp32", or "bf16" for autocast.
         float8: the blocks' linear layers multiply numbers of eight bits, as `models/float8.py` has it.
-        compile, gradient_checkpointing: torch.compile; activations computed again instead of kept.
+        compile: torch.compile.
+        gradient_checkpointing: activations are computed again instead of kept: True all of a block's, "selective" all
+            but its products', False none.
         device: "cpu", "cuda", ...; None is a GPU where there is one.
         max_skips: steps in a row whose loss or gradient is not finite that end the run.
         skip_spikes: steps whose gradient's norm is above so many times its running mean are skipped, as those that are
@@ -46,7 +48,7 @@ class Settings:
     precision: str
     float8: bool
     compile: bool
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | str
     device: str | None
     max_skips: int
     skip_spikes: float | None
@@ -77,6 +79,9 @@ class Settings:
                 raise ValueError(f"trainer.{name}: expected at least 1 or null, got {every}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"trainer.precision: expected one of {PRECISIONS}, got {self.precision!r}")
+        if self.gradient_checkpointing not in (True, False, "selective"):
+            got = self.gradient_checkpointing
+            raise ValueError(f"trainer.gradient_checkpointing: expected true, false or selective, got {got!r}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"trainer.clip: expected a norm above 0 or null, got {self.clip}")
         if self.skip_spikes is not None and not self.skip_spikes > 1:

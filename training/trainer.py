@@ -19,6 +19,7 @@ from seqzoo.data.source import Corpus
 from seqzoo.data.tokenizer import Tokenizer
 from seqzoo.models.causal_lm import SeqZooForCausalLM, Stats
 from seqzoo.models.config import SeqZooConfig
+from seqzoo.training.again import SELECTIVE, compute_again
 from seqzoo.training.checkpoint import Checkpoints, load_facts, load_tensors, require_same
 from seqzoo.training.closing import peak_bytes
 from seqzoo.training.evaluate import bits, evaluate
@@ -100,9 +101,7 @@ class Trainer:
         self.saving: Saving | None = None
         self.usual: float | None = None  # norm of the gradient, a running mean over the steps that were taken
         self.flops, self.peak = training_flops(model.config, length), peak_flops(ranks.device)
-        if settings.gradient_checkpointing:
-            # transformers renamed it on the way to 6
-            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        compute_again(model, settings.gradient_checkpointing)
         if settings.compile:
             for part in model.stack.blocks if ranks.sharded else [model]:  # between blocks weights are gathered
                 part.compile()
@@ -333,7 +332,9 @@ class Trainer:
     def _precision(self) -> AbstractContextManager:
         if self.settings.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.params[0].device.type, dtype=torch.bfloat16)
+        # weights that were cast once are not to be found again: what is computed again would make fewer casts
+        cached = self.settings.gradient_checkpointing != SELECTIVE
+        return torch.autocast(self.params[0].device.type, dtype=torch.bfloat16, cache_enabled=cached)
 
 
 def made_of(config: SeqZooConfig, tokenizer: Tokenizer) -> dict[str, Any]:
