@@ -152,6 +152,16 @@ def recurrence(
         return o, (end + transition @ before).view(B, H, *rows, V)
 
 
+@_disable_dynamo
+def anywhere(here: bool, device: torch.device) -> bool:
+    """Whether it is so on any of the processes of `pool_counts`; outside of that, here."""
+    if _pool is None:
+        return here
+    found = torch.tensor(float(here), device=device)
+    dist.all_reduce(found, group=_pool)
+    return bool(found.item())
+
+
 @contextmanager
 def pool_counts(group: "dist.ProcessGroup | None") -> Iterator[None]:
     """Inside, what a model counts over its tokens is counted over those of all the group's processes; None: its own."""

@@ -10,8 +10,6 @@ from torch import Tensor
 from seqzoo.kernels.float8_linear import float8_linear
 from seqzoo.layers.linear import Linear
 
-UNIT = 16  # sizes of matrices that devices take
-
 
 class Float8Linear(Linear):
     def forward(self, x: Tensor) -> Tensor:

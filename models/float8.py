@@ -3,8 +3,8 @@
 import torch
 
 from seqzoo.kernels.dispatch import forced
-from seqzoo.kernels.float8_linear import has_float8
-from seqzoo.layers.float8 import UNIT, Float8Linear
+from seqzoo.kernels.float8_linear import UNIT, has_float8
+from seqzoo.layers.float8 import Float8Linear
 from seqzoo.layers.linear import Linear
 from seqzoo.models.causal_lm import SeqZooForCausalLM
 
@@ -27,8 +27,8 @@ def use_float8(model: SeqZooForCausalLM, device: torch.device) -> tuple[list[str
     """
     if not forced() and not has_float8(device):
         raise ValueError(
-            "trainer.float8: expected a GPU that multiplies numbers of eight bits (NVIDIA's from sm_89 on, AMD's from "
-            f"gfx942 on), or backend=torch, which emulates them, got {device}"
+            "trainer.float8: expected a GPU that multiplies numbers of eight bits (NVIDIA's from sm_89 on, AMD's "
+            f"gfx950), or backend=torch, which emulates them, got {device}"
         )
     precise = {id(getattr(part, name)) for part in model.modules() for name in getattr(part, "PRECISE", ())}
     used, left = [], []

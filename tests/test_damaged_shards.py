@@ -102,6 +102,21 @@ def test_an_index_that_lies(lie, again):
         Shards(path)
 
 
+def test_whatever_a_writer_dies_of(tmp_path, caplog):
+    """There is no checkpoint then, and the one before stays the last."""
+    real, room = sharded_checkpoint.save_file, [True, False, True]
+
+    def full(tensors, path):
+        if not room.pop(0):
+            raise MemoryError
+        real(tensors, path)
+
+    with patch.object(sharded_checkpoint, "save_file", full):
+        run(tmp_path / "run", "parallel=fsdp", model=HYBRID, **NUMBERS)
+    assert "no checkpoint of step 4 could be written (rank 0: MemoryError)" in caplog.text
+    assert sorted(x.name for x in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000002", "step-00000006"]
+
+
 def test_no_space_left(tmp_path, caplog):
     """What is on the way is given up, and the run goes on; the last one must be written."""
     real, room = sharded_checkpoint.save_file, [True, False, True]

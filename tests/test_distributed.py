@@ -29,7 +29,7 @@ SINKS = [
 for branch in ("near.branches.linear", "near.branches.window", "far.branches.linear", "far.branches.full"):
     SINKS += [f"model.mixers.{branch}.num_heads=4", f"model.mixers.{branch}.num_kv_heads=2"]
 KIMI = ["model=kimi_linear_nano", "model.hidden_size=16", "model.channels.moe.num_experts=4"]
-PAIRS = ["delta.num_key_heads=2", "delta.num_value_heads=4", "full.num_kv_heads=2"]  # of heads, to be dealt to two
+PAIRS = ["delta.num_key_heads=2", "delta.num_value_heads=2", "full.num_kv_heads=2"]  # of heads, to be dealt to two
 MODELS = {"hybrid": [*HYBRID, *(f"model.mixers.{x}" for x in PAIRS)], "sinks": SINKS, "kimi": KIMI}
 STEPS = dict(steps=6, batch_size=4, sequence_length=24, log_every=1, validate_every=3, checkpoint_every=2, keep=9)
 ADAMW = ["optimizer=adamw", "optimizer.lr=0.001"]  # Muon makes much of what is little, and so of rounding

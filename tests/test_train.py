@@ -535,7 +535,7 @@ def test_times_of_a_profile():
     assert without(exchanges, []) == union(exchanges) and without([], work) == [] and without(work, work) == []
 
 
-def test_a_profiled_run(tmp_path):
+def test_a_profiled_run(tmp_path, caplog):
     """Steps are those of a run that is not; one process exchanges nothing, and its traces can be read."""
     run(tmp_path / "plain", steps=4)
     run(tmp_path / "seen", steps=4, profile_every=2)
@@ -546,6 +546,9 @@ def test_a_profiled_run(tmp_path):
     for step in (2, 4):
         with gzip.open(tmp_path / "seen" / "traces" / f"step-{step:08d}.rank-00000.json.gz") as file:
             assert any(event.get("name") == "aten::mm" for event in json.load(file)["traceEvents"])
+    with patch("seqzoo.training.profile.Found.save", side_effect=OSError(28, "No space left on device")):
+        run(tmp_path / "full", steps=2, profile_every=2)
+    assert "no trace of step 2 could be written ([Errno 28]" in caplog.text
     with pytest.raises(ValueError, match="trainer.profile_every: expected at least 1 or null, got 0"):
         run(tmp_path / "other", profile_every=0)
 

@@ -21,14 +21,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from seqzoo.data.packing import IGNORED
-from seqzoo.kernels.across import pooled
+from seqzoo.kernels.across import anywhere, joined, pooled, ranks
 from seqzoo.models.calls import called_as, mixer_calls
 from seqzoo.models.causal_lm import SeqZooForCausalLM, Stats
 from seqzoo.models.convert.calibration import changed_layers
 from seqzoo.models.convert.loading import load
+from seqzoo.training.sharded import local, whole
+from seqzoo.training.split import splits_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 log = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ class Distil:
         """Tokens [R, T, top], or None for all, and the teacher's logits of them, fp32."""
         path = None if self.cache is None else self.cache / f"{self._name(inputs)}.safetensors"
         kept = None if path is None else _read(path)
-        if kept is None:
+        if anywhere(kept is None, inputs["input_ids"].device):  # its weights may be cut: all processes ask, or none
             given = {name: x for name, x in inputs.items() if name != "shift_labels"}
             logits = self.teacher(**given, use_cache=False).logits.float()
             kept = dict(logits=logits) if self.top is None else _likeliest(logits, self.top)
@@ -171,8 +172,11 @@ class Distil:
         digest = hashlib.sha256(self._key)
         if torch.is_autocast_enabled(inputs["input_ids"].device.type):  # which rounds what the teacher says
             digest.update(b"autocast")
-        for name in ("input_ids", "position_ids"):
-            digest.update(f"{list(inputs[name].shape)}".encode() + inputs[name].cpu().contiguous().numpy().tobytes())
+        split = ranks()
+        for name in ("input_ids", "position_ids"):  # of whole rows: what is said of a stretch depends on what is before
+            x = inputs[name] if split is None else joined(inputs[name])
+            digest.update(f"{list(x.shape)}".encode() + x.cpu().contiguous().numpy().tobytes())
+        digest.update(b"" if split is None else f"stretch {split.rank} of {split.size}".encode())
         return digest.hexdigest()
 
 
@@ -265,8 +269,9 @@ def _likeliest(logits: Tensor, top: int) -> dict[str, Tensor]:
 def _identity(teacher: SeqZooForCausalLM, top: int | None) -> str:
     """Of what predicts: the weights, and what is kept of a prediction."""
     digest = hashlib.sha256(teacher.config.to_json_string().encode())
+    splits = splits_of(teacher)
     for name, x in teacher.state_dict().items():
-        x = x.full_tensor() if isinstance(x, DTensor) else x
+        x = whole(local(x), x, splits.get(name))
         digest.update(name.encode() + x.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return f"{digest.hexdigest()} {top}"
 

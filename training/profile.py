@@ -50,12 +50,13 @@ def profiled() -> Iterator[Found]:
         if on_gpu:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-    events = [(event.name, event.device_type, event.time_range) for event in seen.events()]
     where = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    named = lambda names: [(x.start, x.end) for name, at, x in events if at == where and name.startswith(names)]
-    exchanges = named(COLLECTIVES)
-    work = named(("",)) if on_gpu else named(WORK)
-    work = [x for x in work if x not in set(exchanges)] if on_gpu else work
+    events = [x for x in seen.events() if x.device_type == where]
+    if on_gpu:  # what only names a stretch of time is no work
+        events = [x for x in events if not x.is_user_annotation]
+    times = lambda wanted: [(x.time_range.start, x.time_range.end) for x in events if wanted(x.name)]
+    exchanges = times(lambda name: name.startswith(COLLECTIVES))
+    work = times(lambda name: not name.startswith(COLLECTIVES) if on_gpu else name.startswith(WORK))
     alone = without(exchanges, work)
     found.profile = seen
     found.shares = dict(communication=length(exchanges) / 1e6 / seconds, waiting=length(alone) / 1e6 / seconds)
@@ -79,15 +80,16 @@ def length(intervals: Iterable[Interval]) -> float:
 
 def without(intervals: Iterable[Interval], others: Iterable[Interval]) -> list[Interval]:
     """Times that are in some of the first, and in none of the others."""
-    found, others = [], union(others)
+    found, others, at = [], union(others), 0
     for low, high in union(intervals):
-        for a, b in others:
-            if b > low and a < high:
-                if a > low:
-                    found.append((low, a))
-                low = max(low, b)
-            if low >= high:
+        while at < len(others) and others[at][1] <= low:
+            at += 1
+        for a, b in others[at:]:
+            if a >= high:
                 break
+            if a > low:
+                found.append((low, a))
+            low = b
         if low < high:
             found.append((low, high))
     return found

@@ -116,8 +116,9 @@ def clip_norm(params: list[Tensor], limit: float | None) -> Tensor:
         params: cut over processes in any ways, or whole; one without a gradient is passed over.
         limit: of the norm.
     """
-    limit, params = math.inf if limit is None else limit, [p for p in params if p.grad is not None]
-    if not any(isinstance(p, DTensor) for p in params):
+    limit, cut = math.inf if limit is None else limit, any(isinstance(p, DTensor) for p in params)
+    params = [p for p in params if p.grad is not None]
+    if not cut:
         return torch.nn.utils.clip_grad_norm_(params, limit)
     grads, world = [local(p.grad) for p in params], dist.get_world_size()
     squares = torch.stack(torch._foreach_norm(grads)).double().square()

@@ -146,14 +146,17 @@ class Saving:
         (self.partial / INDEX).write_text(json.dumps(index))
         self.write_config(str(self.partial))
         known = {name: digest for found in digests for name, digest in found.items()}
+        written = {part["file"] for entry in index.values() for part in entry["parts"]}
+        if written - known.keys():
+            raise OSError(f"expected a checksum of {sorted(written - known.keys())}, got none")
         seal(self.partial, self.facts, known)
         self.checkpoints.commit(self.partial, self.final)
 
     def _try(self, work: Callable[[], Any]) -> str | None:
         try:
             work()
-        except OSError as error:
-            return f"rank {self.rank}: {error}"
+        except Exception as error:  # whatever it was, there is no checkpoint, and the others must know
+            return f"rank {self.rank}: {str(error) or type(error).__name__}"
         return None
 
 
@@ -256,7 +259,7 @@ class Shards:
             raise ValueError(f"{name}: expected shape {wanted}, got {self.index[name]['shape']}")
         shape, offset = place_of(x) if isinstance(x, DTensor) else (tuple(x.shape), (0,) * x.ndim)
         pieces = [self.read(name, piece["shape"], piece["offset"]) for piece in _pieces(shape, offset, split)]
-        return torch.cat(pieces, split.dim) if len(pieces) > 1 else pieces[0] if pieces else x.new_empty(shape)
+        return torch.cat(pieces, split.dim) if len(pieces) > 1 else pieces[0] if pieces else local(x).new_empty(shape)
 
 
 @torch.no_grad()

@@ -158,7 +158,10 @@ class Trainer:
             self.window["seconds"] += seconds
             progress.step(self.step, seconds, **self._shown())
             if seen is not None:
-                seen.save(self.folder / TRACES / f"step-{self.step:08d}.rank-{self.ranks.rank:05d}.json.gz")
+                try:
+                    seen.save(self.folder / TRACES / f"step-{self.step:08d}.rank-{self.ranks.rank:05d}.json.gz")
+                except OSError as error:
+                    log.warning("no trace of step %d could be written (%s)", self.step, error)
                 logbook.write("profile", self.step, tokens=self.tokens, **seen.shares)
             out_of_time = settings.max_minutes is not None and time.monotonic() - began >= 60 * settings.max_minutes
             asked, out_of_time = self.ranks.most(stop.received or 0, int(out_of_time))

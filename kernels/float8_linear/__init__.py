@@ -1,1 +1,1 @@
-from seqzoo.kernels.float8_linear.op import float8_linear, has_float8
+from seqzoo.kernels.float8_linear.op import UNIT, float8_linear, has_float8

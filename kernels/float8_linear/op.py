@@ -16,12 +16,13 @@ BACKENDS = {
 
 
 def has_float8(device: torch.device) -> bool:
-    """Whether a device multiplies numbers of eight bits: NVIDIA's from sm_89 on, AMD's from gfx942 on."""
+    """Whether a device multiplies such numbers: NVIDIA's from sm_89 on, AMD's gfx950 (gfx942 has others)."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return False
+    properties = torch.cuda.get_device_properties(device)  # which torch.compile takes as it is
     if torch.version.hip is not None:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0] in ("gfx942", "gfx950")
-    return torch.cuda.get_device_capability(device) >= (8, 9)
+        return properties.gcnArchName.partition(":")[0] == "gfx950"
+    return (properties.major, properties.minor) >= (8, 9)
 
 
 def float8_linear(
@@ -57,4 +58,5 @@ def float8_linear(
     device = x.device.type
     rows = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
     with torch.autocast(device, enabled=False):
-        return BACKENDS[name](rows.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1]).to(rows.dtype)
+        y = BACKENDS[name](rows.reshape(-1, x.shape[-1]), weight, bias)
+        return y.view(*x.shape[:-1], weight.shape[0]).to(rows.dtype)

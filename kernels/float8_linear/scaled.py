@@ -7,6 +7,8 @@ only the casts are wanted, they are cast back and multiplied as ever.
 import torch
 from torch import Tensor
 
+from seqzoo.kernels.float8_linear.reference import scales_of_rows
+
 KINDS = {"q43": torch.float8_e4m3fn, "q52": torch.float8_e5m2}
 UNIT = 16  # sizes that a device takes
 
@@ -15,9 +17,9 @@ def cast(x: Tensor, form: str) -> tuple[Tensor, Tensor]:
     """x [M, N] -> its numbers in eight bits, and the scales of its rows [M, 1] in fp32."""
     kind = KINDS[form]
     largest = torch.finfo(kind).max
-    top = x.abs().amax(-1, keepdim=True).float()
-    scale = torch.where(top == 0, 1.0, top / largest)  # what is not a number stays that
-    return (x / scale).clamp(-largest, largest).to(kind), scale
+    scale = scales_of_rows(x, largest).float()
+    rows = torch.contiguous_format  # are what a device wants to read
+    return (x / scale).clamp(-largest, largest).to(kind, memory_format=rows), scale
 
 
 def multiplied(a: Tensor, b: Tensor, forms: tuple[str, str], dtype: torch.dtype, *, really: bool) -> Tensor:
