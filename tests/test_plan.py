@@ -41,6 +41,7 @@ JOBS = {  # name -> model, words
     "again": (SPIKING, ["parallel=context", *ADAMW, "trainer.gradient_checkpointing=true", "trainer.accumulate=2"]),
     "experts": (HYBRID, ["parallel=expert", *ADAMW]),
     "copies": (HYBRID, ["parallel=hsdp", *ADAMW]),
+    "few experts": ([*HYBRID, "model.channels.moe.num_experts=3"], ["parallel=fsdp"]),
     "heads": (PAIRS, ["parallel=tensor"]),
     "heads and experts": (PAIRS, ["parallel=tensor", "parallel.expert_parallel=true", *ADAMW]),
     "heads and sinks": (EVEN, ["parallel=tensor", *ADAMW, "trainer.gradient_checkpointing=true"]),

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from runs import HYBRID, options, run, written
 from torch import nn
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqzoo.data.packing import IGNORED, TrainingBatches
@@ -25,6 +26,7 @@ from seqzoo.data.stdlib import stdlib
 from seqzoo.data.tokenizer import load_tokenizer
 from seqzoo.layers.blocks.residual import Residual
 from seqzoo.models import SeqZooForCausalLM
+from seqzoo.training import muon as muon_module
 from seqzoo.training import trainer as trainer_module
 from seqzoo.training.closing import print_sample
 from seqzoo.training.logbook import Logbook, records
@@ -78,6 +80,23 @@ def test_muon_takes_a_stack_as_its_matrices():
         one.step()
         other.step()
     torch.testing.assert_close(stack.detach(), torch.stack([p.detach() for p in apart]))
+
+
+def test_muon_takes_few_at_a_time(monkeypatch):
+    """Where all matrices of a shape would be too much; what becomes of them is the same."""
+    assert muon_module.batches([3, 4, 4, 2, 9, 1]) == [[0, 1, 2, 3, 4, 5]]
+    steps = {}
+    for largest in (2**31, 2 * 6 * 4 * 4):
+        monkeypatch.setattr(muon_module, "LARGEST", largest)
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(*shape)) for shape in ((6, 4), (6, 4), (3, 6, 4), (6, 4), (5, 4))]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        Muon(params, ns_dtype="float32").step()
+        steps[largest] = params
+    assert muon_module.batches([96, 96, 288, 96]) == [[0, 1], [2], [3]]
+    for one, other in zip(*steps.values(), strict=True):
+        assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 9), (3, 9, 4)])

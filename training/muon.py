@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from seqzoo.training.sharded import cuts_of, local, part_of, shape_of, whole
+from seqzoo.training.sharded import cuts_of, is_whole_here, local, part_of, shape_of, whole
 from seqzoo.training.split import split_of
 
 NS_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -26,6 +26,7 @@ RATIOS: dict[str, Callable[[int, int], float]] = {
     "original": lambda rows, columns: math.sqrt(max(1, rows / columns)),
     "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
 }
+LARGEST = 2**31  # bytes of matrices that are made orthogonal at a time
 
 
 class Muon(torch.optim.Muon):
@@ -96,7 +97,7 @@ class Muon(torch.optim.Muon):
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
         torch._foreach_mul_(mine, 1 - group["lr"] * group["weight_decay"])
-        for places in _by_shape(params):
+        for places in _together(params):
             rows, columns = _shape(params[places[0]])[-2:]
             some = [_matrices(updates[i], params[i]) for i in places]
             dtype = _dtype(group["ns_dtype"], some[0].device)
@@ -127,12 +128,26 @@ def orthogonal(matrices: Tensor, steps: int, eps: float, dtype: torch.dtype) -> 
     return x.mT if tall else x
 
 
-def _by_shape(params: list[Tensor]) -> list[list[int]]:
-    """A stack of matrices that is cut over processes has whole ones on each: it is no one's to deal."""
+def _together(params: list[Tensor]) -> list[list[int]]:
+    """Those of one shape, as many at a time as fit LARGEST. Whole matrices that a process has are no one's to deal."""
     places = defaultdict(list)
     for i, p in enumerate(params):
-        places[_shape(p)[-2:], p.dtype, p.device, cuts_of(p), p.ndim if isinstance(p, DTensor) else 0].append(i)
-    return list(places.values())
+        places[_shape(p)[-2:], p.dtype, p.device, cuts_of(p), isinstance(p, DTensor) and is_whole_here(p)].append(i)
+    size = lambda p: (math.prod(_shape(p)) // (cuts_of(p) if is_whole_here(p) else 1)) * p.element_size()
+    return [[some[i] for i in batch] for some in places.values() for batch in batches([size(params[i]) for i in some])]
+
+
+def batches(sizes: list[int]) -> list[list[int]]:
+    """Places beside each other, of LARGEST bytes together at most, or one."""
+    found: list[list[int]] = []
+    room = 0
+    for i, size in enumerate(sizes):
+        if not found or size > room:
+            found.append([])
+            room = LARGEST
+        found[-1].append(i)
+        room -= size
+    return found
 
 
 def _shape(p: Tensor) -> tuple[int, ...]:
@@ -143,22 +158,23 @@ def _shape(p: Tensor) -> tuple[int, ...]:
 def _matrices(update: Tensor, p: Tensor) -> Tensor:
     """The matrices [n, out, in] of which an update has a part: itself, or of a matrix cut over processes all of it."""
     split = split_of(p)
-    if p.ndim == 2:
-        return whole(update, p, split)[None]
-    return update if split is None else split.give(update)
+    if is_whole_here(p) and isinstance(p, DTensor):
+        return update if split is None else split.give(update)
+    x = whole(update, p, split)
+    return x if x.ndim == 3 else x[None]
 
 
 def _part(piece: Tensor, p: Tensor) -> Tensor:
     """The part here of what `_matrices` gave."""
     split = split_of(p)
-    if p.ndim == 2:
-        return part_of(piece[0], p, split)
-    return piece if split is None else split.take(piece)
+    if is_whole_here(p) and isinstance(p, DTensor):
+        return piece if split is None else split.take(piece)
+    return part_of(piece if p.ndim == 3 else piece[0], p, split)
 
 
 def _dealt(stack: Tensor, p: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
     """`run` over matrices; where each of several processes has all of them, each takes some, and they exchange them."""
-    if not isinstance(p, DTensor) or p.ndim == 3:
+    if is_whole_here(p):
         return run(stack)
     group = p.device_mesh.get_group(p.device_mesh.ndim - 1)
     ranks = dist.get_world_size(group)

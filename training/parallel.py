@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from seqzoo.data.packing import IGNORED, Batch
 from seqzoo.kernels.across import pool_counts, split_sequence
 from seqzoo.models.causal_lm import SeqZooForCausalLM
-from seqzoo.training.sharded import blocks_of, cuts_of
+from seqzoo.training.sharded import blocks_of, cut_dim, cuts_of
 from seqzoo.training.tensor import Over, Tensors, share_gradients
 
 log = logging.getLogger(__name__)
@@ -178,8 +178,10 @@ class Ranks:
         if tensor > 1:
             self._deal_heads(model)
         over_some = over_all if tensor == 1 else self._mesh("shard", "sequence")  # the others have other heads
+        parts = over_some.size(over_some.ndim - 1)
+        place = lambda p: Shard(cut_dim(p.shape, parts))
         for block in blocks_of(model):
-            fully_shard(block, mesh=over_some, ignored_params=apart)
+            fully_shard(block, mesh=over_some, ignored_params=apart, shard_placement_fn=place)
         fully_shard(model, mesh=over_all, ignored_params=apart)
         return model
 

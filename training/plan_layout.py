@@ -4,10 +4,12 @@ from collections import Counter
 from functools import cached_property
 from math import ceil, prod
 
+from seqzoo.training.muon import batches
 from seqzoo.training.parallel import Layout
 from seqzoo.training.plan_block import Measured, Where
 from seqzoo.training.plan_exchange import Exchange, Group, on_links
 from seqzoo.training.plan_model import PlannedModel, Weight
+from seqzoo.training.sharded import cut_dim
 
 BESIDE = {"weights", "gradients"}  # what is exchanged while products are made
 
@@ -113,13 +115,29 @@ class InLayout:
 
     def _stepping(self) -> int:
         """Muon's updates, and the matrices of one shape put together, stacked, padded, made orthogonal, exchanged."""
-        shapes: Counter = Counter()
-        for w in self.weights:
-            if w.muon:
-                shapes[w.whole[-2:], len(w.shape)] += w.heads * (w.bytes() if len(w.shape) == 2 else self.local(w))
-        copies = lambda dims: 4.0 if self.cut and dims == 2 else 2.5  # of 4 bytes; the iteration's are of 2
         updates = sum(self.local(w) for w in self.weights if w.muon)
-        return updates + int(max((size * copies(dims) for (_, dims), size in shapes.items()), default=0))
+        copies = lambda gathered: 4.0 if gathered else 2.5  # of 4 bytes; the iteration's are of 2
+        most = (copies(gathered) * sum(map(self._together, some)) for gathered, some in self._batches())
+        return updates + int(max(most, default=0))
+
+    def _is_gathered(self, w: Weight) -> bool:
+        """Whether its matrices are cut, and Muon wants them whole."""
+        return self.cut and (len(w.shape) == 2 or cut_dim(w.shape, self.cuts(w)) == 1)
+
+    def _together(self, w: Weight) -> int:
+        """Bytes of the whole matrices that Muon has of it."""
+        return w.heads * (w.bytes() if self._is_gathered(w) else self.local(w))
+
+    def _batches(self) -> list[tuple[bool, list[Weight]]]:
+        """Whether they are gathered, and what Muon makes orthogonal at a time."""
+        groups: dict[tuple, list[Weight]] = {}
+        for w in (w for w in self.weights if w.muon):
+            groups.setdefault((self._is_gathered(w), w.whole[-2:], self.cuts(w)), []).append(w)
+        return [
+            (key[0], [some[i] for i in batch])
+            for key, some in groups.items()
+            for batch in batches([self._together(w) for w in some])
+        ]
 
     def exchanges(self, rows: int, accumulate: int, checkpointing: bool) -> list[Exchange]:
         """All of a step. A payload is that of all calls together."""
@@ -154,8 +172,7 @@ class InLayout:
         found.append(Exchange("counts", "all_reduce", world, 2 * accumulate * counts))
         found += [Exchange("muon", "all_gather", some, size) for size in self._muon()] if self.cut else []
         given = (w for w in self.weights if w.muon and w.heads > 1)
-        whole = sum(w.heads * (w.bytes() if len(w.shape) == 2 else self.local(w)) for w in given)
-        found.append(Exchange("muon", "all_gather", tensor, whole))
+        found.append(Exchange("muon", "all_gather", tensor, sum(map(self._together, given))))
         sums: Counter = Counter()
         for what, how, group, size in found:
             sums[what, how, group] += size
@@ -163,9 +180,13 @@ class InLayout:
 
     def _muon(self) -> list[int]:
         """Matrices are gathered, and each process's results, in the iteration's 2 bytes a number."""
-        shapes: Counter = Counter(w.whole for w in self.weights if w.muon and len(w.shape) == 2)
-        gathered = sum(self.cuts(w) * self.local(w) for w in self.weights if w.muon and len(w.shape) == 2)
-        return [gathered, *(ceil(n / self.some) * self.some * prod(shape) * 2 for shape, n in shapes.items())]
+        found = []
+        for gathered, some in self._batches():
+            if gathered:
+                matrices = sum(prod(w.whole[:-2]) for w in some)
+                found.append(sum(self.cuts(w) * self.local(w) for w in some))
+                found.append(ceil(matrices / self.some) * self.some * prod(some[0].whole[-2:]) * 2)
+        return found
 
     def seconds(
         self, rows: int, accumulate: int, checkpointing: bool, exchanges: list[Exchange]

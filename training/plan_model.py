@@ -22,6 +22,7 @@ from seqzoo.training.objectives import NextToken
 from seqzoo.training.parallel import Layout
 from seqzoo.training.plan_block import Calls, Measured, Where, block_calls, fake_tensors, measure, some_heads
 from seqzoo.training.plan_exchange import Cluster
+from seqzoo.training.sharded import cut_dim
 
 UNDERSTOOD = {"shard", "replicate", "sequence", "tensor", "expert_parallel", "timeout_seconds"}  # fields of Layout
 
@@ -44,7 +45,8 @@ class Weight(NamedTuple):
 
     def bytes(self, parts: int = 1) -> int:
         """The first part's, which is the largest."""
-        return ceil(self.shape[0] / parts) * prod(self.shape[1:]) * self.size
+        dim = cut_dim(self.shape, parts)
+        return ceil(self.shape[dim] / parts) * (prod(self.shape) // max(1, self.shape[dim])) * self.size
 
 
 class PlannedModel:

@@ -28,6 +28,16 @@ def cuts_of(x: Tensor) -> int:
     return x.device_mesh.size(x.device_mesh.ndim - 1) if isinstance(x, DTensor) else 1
 
 
+def cut_dim(shape: tuple[int, ...], parts: int) -> int:
+    """In which dimension fully_shard is to cut: the first, but for a stack of matrices that are too few to be dealt."""
+    return int(len(shape) == 3 and shape[0] % parts != 0 and shape[1] % parts == 0)
+
+
+def is_whole_here(p: Tensor) -> bool:
+    """Whether the process has whole matrices of it: of a stack that is cut between them, or of what is not cut."""
+    return not isinstance(p, DTensor) or p.ndim == 3 and p.placements[-1].dim == 0
+
+
 def shape_of(x: Tensor, split: Split | None) -> tuple[int, ...]:
     """Of the whole."""
     return tuple(x.shape) if split is None else split.whole_shape(x.shape)
