@@ -11,7 +11,7 @@ import torch
 from runs import HYBRID, run, written
 
 from seqzoo.training import sharded_checkpoint
-from seqzoo.training.sharded_checkpoint import INDEX, Shards
+from seqzoo.training.shards import INDEX, Shards
 
 NUMBERS = dict(steps=6, checkpoint_every=2, log_every=1, sample_tokens=0, keep=3)
 SHARD = "shards/rank-00000.safetensors"

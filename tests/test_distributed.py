@@ -19,7 +19,7 @@ from seqzoo.models.convert import convert
 from seqzoo.train import model_config
 from seqzoo.training.checkpoint import damage_of
 from seqzoo.training.export import export, main
-from seqzoo.training.sharded_checkpoint import Shards
+from seqzoo.training.shards import Shards
 
 WORKER = Path(__file__).parent / "ranks_worker.py"
 SINKS = [

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from seqzoo.models.causal_lm import SeqZooForCausalLM
 from seqzoo.train import configured_plan, plan_main
-from seqzoo.training.parallel import Layout
+from seqzoo.training.layout import Layout
 from seqzoo.training.plan import Planner
 from seqzoo.training.plan_block import Live, Where
 from seqzoo.training.plan_exchange import Cluster, Exchange, Group, on_links

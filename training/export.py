@@ -13,7 +13,7 @@ from seqzoo.models.checkpoints import MANIFEST, RUN_FACTS
 from seqzoo.models.config import SeqZooConfig
 from seqzoo.models.convert.writing import check_target
 from seqzoo.training.checkpoint import damage_of
-from seqzoo.training.sharded_checkpoint import INDEX, SHARDS, is_sharded, whole_state
+from seqzoo.training.shards import INDEX, SHARDS, is_sharded, whole_state
 
 LEFT = {INDEX, SHARDS, RUN_FACTS, MANIFEST}  # what only a run needs
 

@@ -16,7 +16,7 @@ FSDP exchanges weights and gradients beside the products, and all other exchange
 from collections.abc import Callable
 from typing import NamedTuple
 
-from seqzoo.training.parallel import Layout
+from seqzoo.training.layout import Layout
 from seqzoo.training.plan_exchange import Exchange
 from seqzoo.training.plan_layout import InLayout
 from seqzoo.training.plan_model import PlannedModel

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from seqzoo.models.config import SeqZooConfig
-from seqzoo.training.parallel import Layout
+from seqzoo.training.layout import Layout
 from seqzoo.training.plan import Plan, Planner
 from seqzoo.training.plan_exchange import Cluster, on_links
 from seqzoo.training.plan_search import search

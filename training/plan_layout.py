@@ -4,8 +4,8 @@ from collections import Counter
 from functools import cached_property
 from math import ceil, prod
 
+from seqzoo.training.layout import Layout
 from seqzoo.training.muon import batches
-from seqzoo.training.parallel import Layout
 from seqzoo.training.plan_block import Measured, Where
 from seqzoo.training.plan_exchange import Exchange, Group, on_links
 from seqzoo.training.plan_model import PlannedModel, Weight

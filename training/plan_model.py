@@ -17,9 +17,9 @@ from seqzoo.models.causal_lm import SeqZooForCausalLM
 from seqzoo.models.config import SeqZooConfig
 from seqzoo.models.cost import cost
 from seqzoo.models.losses import cross_entropy
+from seqzoo.training.layout import Layout
 from seqzoo.training.muon import Muon
 from seqzoo.training.objectives import NextToken
-from seqzoo.training.parallel import Layout
 from seqzoo.training.plan_block import Calls, Measured, Where, block_calls, fake_tensors, measure, some_heads
 from seqzoo.training.plan_exchange import Cluster
 from seqzoo.training.sharded import cut_dim

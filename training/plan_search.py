@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from seqzoo.training.parallel import Layout
+from seqzoo.training.layout import Layout
 from seqzoo.training.plan import Plan, Planner
 
 

@@ -31,7 +31,8 @@ from seqzoo.training.progress import Progress
 from seqzoo.training.schedules import Schedule
 from seqzoo.training.settings import Settings
 from seqzoo.training.sharded import clip_norm
-from seqzoo.training.sharded_checkpoint import Saving, Shards, is_sharded, load_optimizers, run_splits, run_tensors
+from seqzoo.training.sharded_checkpoint import Saving, load_optimizers, run_splits, run_tensors
+from seqzoo.training.shards import Shards, is_sharded
 from seqzoo.training.speed import peak_flops, shares, training_flops
 from seqzoo.training.split import mark_splits
 from seqzoo.training.state import (
