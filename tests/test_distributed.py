@@ -93,7 +93,7 @@ def test_two_processes(alone, tmp_path):
         job(home / f"{model}-{how}", model=model, parallel=how) for model in MODELS for how in ("context", "tensor")
     ]
     jobs += [job(home / "hybrid-copies", "parallel.shard=1", parallel="hsdp")]
-    jobs += [job(home / "hybrid-experts", parallel="expert")]
+    jobs += [job(home / f"{model}-experts", model=model, parallel="expert") for model in ("hybrid", "kimi")]
     jobs += [job(home / "sinks-experts", "parallel.sequence=2", model="sinks", parallel="expert")]
     jobs += [job(home / "muon-2", optimizer=["optimizer.ns_dtype=float32"], steps=2)]
     jobs += [job(home / "few-2", *FEW, steps=2, optimizer=["optimizer.ns_dtype=float32"])]
@@ -127,7 +127,7 @@ def test_two_processes(alone, tmp_path):
     for model in MODELS:
         for name in (f"{model}-2", f"{model}-context", f"{model}-tensor"):
             assert_same_losses(home / name, losses(home / f"{model}-1"))
-    for name in ("hybrid-copies", "hybrid-experts", "sinks-experts"):
+    for name in ("hybrid-copies", "hybrid-experts", "kimi-experts", "sinks-experts"):
         assert_same_losses(home / name, losses(home / f"{name.partition('-')[0]}-1"))
     for name in ("muon-2", "muon-tensor"):
         assert_same_losses(home / name, losses(home / "muon-1"))
@@ -170,15 +170,16 @@ def test_another_number_of_processes_goes_on(alone):
     layouts |= dict(heads=["parallel=tensor"], all=["parallel=expert", "parallel.sequence=2", "parallel.tensor=2"])
     layouts |= dict(copies=["parallel=tensor", "parallel.replicate=2"])
     jobs = [job(from_step(f"four-{n}", last, 2), *more, resume="auto") for n, more in layouts.items()]
-    jobs += [job(home / f"sinks-{how}-4", model="sinks", parallel=how) for how in ("context", "tensor")]
+    others = [(model, how) for model in ("sinks", "kimi") for how in ("fsdp", "hsdp", "context", "tensor", "expert")]
+    jobs += [job(home / f"{model}-{how}-4", model=model, parallel=how) for model, how in others]
     jobs += [job(home / "few-4", *FEW, parallel="tensor", steps=2, optimizer=["optimizer.ns_dtype=float32"])]
     launch(4, jobs, home)
     assert_same_losses(home / "few-4", losses(home / "few-1"))
     one, four = (Shards(home / f"few-{n}" / "checkpoints" / "step-00000002") for n in (1, 4))
     for name in one.index:  # experts' rows are dealt by heads, and what is left of them cut
         torch.testing.assert_close(four.read(name), one.read(name), atol=1e-4, rtol=1e-3, msg=name)
-    for how in ("context", "tensor"):
-        assert_same_losses(home / f"sinks-{how}-4", losses(home / "sinks-1"))
+    for model, how in others:
+        assert_same_losses(home / f"{model}-{how}-4", losses(home / f"{model}-1"))
     after = {key: loss for key, loss in expected.items() if key[1] > 2}
     for name in layouts:
         assert_same_losses(home / f"four-{name}", after)
