@@ -158,9 +158,12 @@ def test_kept_predictions_are_the_teachers(folders, top, tmp_path, caplog):
     assert len(list((tmp_path / "kept").iterdir())) == 3
     file.write_bytes(b"short")
     assert torch.equal(keeping(student, inputs, targets, None).loss, live)
-    with patch.object(objectives, "anywhere", lambda here, device: True), patch.object(keeping, "teacher", None):
-        with pytest.raises(TypeError):  # another process lacks its file: the teacher, which is cut, is asked by all
-            keeping(student, inputs, targets, None)
+    with (
+        patch.object(objectives, "anywhere", lambda here, device: True),
+        patch.object(keeping, "teacher", None),
+        pytest.raises(TypeError),  # another process lacks its file: the teacher, which is cut, is asked by all
+    ):
+        keeping(student, inputs, targets, None)
 
 
 def test_stages_one_after_the_other(folders, tmp_path):
