@@ -7,9 +7,11 @@ import json
 import os
 import re
 import struct
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from seqzoo.models.tensor_file import DTYPES, WRITTEN, Head, TensorFile
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLE_INDEX, PICKLE_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 RUN_FILES = MANIFEST, RUN_TENSORS, RUN_FACTS = "manifest.json", "training.safetensors", "training.json"  # a run's own
+_SYNCED = _HELD = 64 * 2**20  # [bytes] written between two syncs, and of a tensor that the next has to wait for
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -208,11 +211,56 @@ def write_tensors(
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            written = sum(file.write(_bytes(x, heads[name])) for x in chunks(name))
-            assert written == heads[name].bytes, name
-        file.flush()
-        os.fsync(file.fileno())
+        with _Behind(file) as behind:
+            for name in names:
+                written = sum(behind.write(_bytes(x, heads[name])) for x in chunks(name))
+                assert written == heads[name].bytes, name
+                if written > _HELD:  # let go before the next is made
+                    behind.catch_up()
+
+
+class _Behind:
+    """A file that is written while what comes next is being made, and brought to the disk while more is written; it is
+    there in full when this ends. Otherwise the disk would rest while a file is made, and all else while it is synced.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._new = file, 0
+        self._writer, self._disk = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._writes: deque[Future] = deque()
+        self._sync: Future | None = None
+
+    def __enter__(self) -> "_Behind":
+        return self
+
+    def write(self, data: memoryview) -> int:
+        """Soon; data must stay as it is. Raises what writing raised, of this or of what came before."""
+        self._writes.append(self._writer.submit(self._write, data))
+        self.catch_up(most=2)
+        return len(data)
+
+    def catch_up(self, most: int = 0) -> None:
+        """Wait until at most so many writes are left."""
+        while len(self._writes) > most:
+            self._writes.popleft().result()
+
+    def _write(self, data: memoryview) -> None:
+        self._file.write(data)
+        self._new += len(data)
+        if self._new >= _SYNCED and (self._sync is None or self._sync.done()):
+            if self._sync is not None:
+                self._sync.result()  # or its error would be lost
+            self._sync, self._new = self._disk.submit(os.fsync, self._file.fileno()), 0
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._writer.shutdown()
+        self._disk.shutdown()
+        if kind is None:
+            self.catch_up()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            if self._sync is not None:
+                self._sync.result()
 
 
 def _bytes(x: Tensor, head: Head) -> memoryview:

@@ -22,6 +22,7 @@ WRITTEN = DTYPES | {"I8": torch.int8}  # what files of ours may hold, the widest
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _OTHERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
            "BOOL": torch.bool}  # fmt: skip
+_AHEAD = 512 * 2**20  # [bytes] that the disk is asked for at a read, from the tensor on
 _LONGEST = 100_000_000  # [bytes] of a header; safetensors' own reader has the same bound
 
 
@@ -63,9 +64,13 @@ class TensorFile:
         self.heads = {name: Head(tuple(content[name]["shape"]), content[name]["dtype"], path.name) for name in content}
         self.heads = {name: self.heads[name] for name in sorted(self.heads, key=self._offsets.__getitem__)}
         self._map: mmap.mmap | None = None
+        self._asked = 0  # up to here the disk has been asked for
 
     def read(self, name: str) -> Tensor:
-        """Memory-mapped, not to be written to. Raises ValueError: a dtype that is not known here."""
+        """Memory-mapped, not to be written to. Raises ValueError: a dtype that is not known here.
+
+        The disk is asked for it and for what follows, for those who read on: a touch of mapped memory waits for it.
+        """
         head, start = self.heads[name], self.start + self._offsets[name][0]
         dtype = (DTYPES | _OTHERS).get(head.dtype)
         if dtype is None:
@@ -76,6 +81,7 @@ class TensorFile:
         if self._map is None:
             with self.path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._ask(start)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             flat = torch.frombuffer(self._map, dtype=torch.uint8, count=count * dtype.itemsize, offset=start)
@@ -87,6 +93,14 @@ class TensorFile:
         """Let go of the memory that was mapped in by reading; tensors still in use are mapped in again when touched."""
         if self._map is not None:
             self._map.madvise(mmap.MADV_DONTNEED)
+
+    def _ask(self, start: int) -> None:
+        """Have the disk read from there on, without waiting; what it was asked for before it is not asked for again."""
+        first = max(start, self._asked) // mmap.PAGESIZE * mmap.PAGESIZE
+        last = min(start + _AHEAD, len(self._map))
+        if first < last:
+            self._map.madvise(mmap.MADV_WILLNEED, first, last - first)
+            self._asked = last
 
     @staticmethod
     def _header(file: Any, size: int) -> tuple[int, bytes]:

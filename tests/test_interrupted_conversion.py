@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from small_qwen3_next import small
 from test_convert import assert_same_folder
 
 from seqzoo.models import checkpoints
-from seqzoo.models.checkpoints import Folder
+from seqzoo.models.checkpoints import Folder, Head
 from seqzoo.models.convert import convert, writing
 
 SIZE = 20_000  # [bytes] of a shard: several files
@@ -207,3 +208,22 @@ def test_killed(source, tmp_path):
     assert_same_folder(source / "whole", target)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     assert kills or complete >= 2, "the kill came before there was anything to go on from"
+
+
+@pytest.mark.parametrize("at", ["write", "sync while writing", "last sync"])
+def test_a_disk_that_fails_is_heard(tmp_path, monkeypatch, at):
+    """Writing and syncing are done by threads behind: no error of theirs is lost, nor what came before it."""
+    syncs, tensor = [], torch.arange(1024.0)
+
+    def fsync(_):
+        syncs.append(0)
+        if at == "last sync" or (at == "sync while writing" and len(syncs) == 1):
+            raise FULL
+
+    monkeypatch.setattr(checkpoints, "_SYNCED", 4096 if at == "sync while writing" else 2**40)
+    monkeypatch.setattr(checkpoints.os, "fsync", fsync)
+    if at == "write":
+        monkeypatch.setattr(checkpoints._Behind, "_write", lambda *_: (_ for _ in ()).throw(FULL))
+    with pytest.raises(OSError, match=os.strerror(28)):
+        heads = {f"x{n}": Head((1024,), "F32", "") for n in range(4)}
+        checkpoints.write_tensors(tmp_path / "x", heads, lambda _: [tensor], {})
