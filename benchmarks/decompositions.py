@@ -10,6 +10,7 @@ from seqzoo.benchmarks.kernel_models import (
     delta_step,
     expert_mlp,
     gated_delta_rule,
+    kimi_delta_rule,
     linear_attention,
     momentum_delta_rule,
     ovq_attention,
@@ -22,6 +23,7 @@ from seqzoo.benchmarks.shapes import Model
 
 OPS = (
     gated_delta_rule,
+    kimi_delta_rule,
     linear_attention,
     momentum_delta_rule,
     strict_linear_attention,

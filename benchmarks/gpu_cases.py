@@ -110,6 +110,24 @@ def linear_attention(shapes: dict[str, Shape], device: torch.device, dtype: torc
             yield Case("linear_attention", f"{label}, {kind}", s, inputs, sides)
 
 
+def kimi_delta_rule(shapes: dict[str, Shape], device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """HV heads of keys and of values."""
+    from seqzoo.kernels.kimi_delta_rule.op import BACKENDS
+
+    def fla() -> Callable:
+        from fla.ops.kda import chunk_kda
+
+        return lambda *x: chunk_kda(*x, scale=1.0, output_final_state=True)
+
+    for label, s in shapes.items():
+        draw = _draw(device, dtype)
+        q, k = (F.normalize(draw(s.B, s.T, s.HV, s.K).float(), dim=-1).to(dtype) for _ in range(2))
+        g, beta = F.logsigmoid(draw(s.B, s.T, s.HV, s.K).float() + 2), draw(s.B, s.T, s.HV).float().sigmoid()
+        inputs = dict(q=q * s.K**-0.5, k=k, v=draw(s.B, s.T, s.HV, s.V), g=g, beta=beta)
+        sides = [("seqzoo", lambda *x: BACKENDS["triton"](*x, None)), _peer("fla", "fla", fla)]
+        yield Case("kimi_delta_rule", label, s, inputs, sides)
+
+
 def momentum_delta_rule(shapes: dict[str, Shape], device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """fla's is torch code and wrong where momentum fades fast; a slow fade is drawn, where both agree."""
     from seqzoo.kernels.momentum_delta_rule.op import BACKENDS
@@ -150,13 +168,17 @@ def strict_linear_attention(shapes: dict[str, Shape], device: torch.device, dtyp
         yield Case("strict_linear_attention", label, s, inputs, sides)
 
 
-CASES = (gated_delta_rule, linear_attention, momentum_delta_rule, strict_linear_attention)
+CASES = (gated_delta_rule, kimi_delta_rule, linear_attention, momentum_delta_rule, strict_linear_attention)
 SHAPES = {
     "gated_delta_rule": {
         "1x32768, 16/32 heads": Shape(1, 32768, 16, 32), "1x8192, 16/32 heads": Shape(1, 8192, 16, 32),
         "4x8192, 16/32 heads": Shape(4, 8192, 16, 32), "1x32768, 4/8 heads": Shape(1, 32768, 4, 8),
         "1x32768, 2/8 heads": Shape(1, 32768, 2, 8), "8x2048, 8/8 heads of 64": Shape(8, 2048, 8, 8, 64, 64),
         "2x4096, 4/4 heads of 256": Shape(2, 4096, 4, 4, 256, 256),
+    },
+    "kimi_delta_rule": {
+        "1x32768, 32 heads": Shape(1, 32768, 32, 32), "1x8192, 32 heads": Shape(1, 8192, 32, 32),
+        "4x8192, 32 heads": Shape(4, 8192, 32, 32),
     },
     "linear_attention": {
         "1x32768, 32 heads": Shape(1, 32768, 32, 32), "1x8192, 28 heads on 4 memories": Shape(1, 8192, 4, 28),

@@ -61,6 +61,16 @@ def gated_delta_rule_step(s):
     yield "step", lambda: gated_delta_rule_step_triton(q, k, v, g, beta, pool, torch.arange(s.B), None)
 
 
+def kimi_delta_rule_step(s):
+    from seqzoo.kernels.kimi_delta_rule.gpu import stepped
+
+    make, full = _make(s), dict(dtype=torch.float32)
+    q, k, v = (make(s.B, s.T, s.HV, width) for width in (s.K, s.K, s.V))
+    g, beta = make(s.B, s.T, s.HV, s.K, **full), make(s.B, s.T, s.HV, **full)
+    state = make(s.B, s.HV, s.K, s.V, **full)
+    yield "step", lambda: stepped(q, k, v, g, beta, state, None)
+
+
 def linear_attention_step(*channels: str) -> Callable[[Shape], Calls]:
     def calls(s):
         from seqzoo.kernels.linear_attention.step import linear_attention_step_triton
@@ -182,6 +192,7 @@ def ovq_attention(s):
 BOTH = "forward", "backward"
 STEPS = [Shape(2, 3, 1, 2, 32, 64, size) for size in (2, 4)]
 CHUNKS = [Shape(1, 128, 1, HV, 32, 64, **size) for HV in (1, 2) for size in (dict(size=4), dict(size=2, scratch=4))]
+ALIKE = [s._replace(HV=1, K=width) for s in CHUNKS[:2] for width in (32, 64)]  # of 64 are two slices
 
 
 def as_in_bf16(s):
@@ -199,6 +210,11 @@ ROWS = [
         tables=lambda s: [("gated_delta_rule", "chunk", {"C": 64})],
     ),
     Row("gated_delta_rule", ("step",), gated_delta_rule_step, STEPS),
+    Row(
+        "kimi_delta_rule", BOTH, recurrence(gpu_cases.kimi_delta_rule), ALIKE,
+        tables=lambda s: [("kimi_delta_rule", "chunk", {"C": 64})],
+    ),
+    Row("kimi_delta_rule", ("step",), kimi_delta_rule_step, [s._replace(H=s.HV) for s in STEPS]),
     Row("linear_attention", BOTH, recurrence(gpu_cases.linear_attention), [*CHUNKS, WIDE], tables=as_in_bf16),
     Row("linear_attention", ("step",), linear_attention_step(), STEPS),
     Row(PER_CHANNEL, BOTH, recurrence(gpu_cases.linear_attention, 1), CHUNKS, tables=as_in_bf16),

@@ -6,6 +6,8 @@ A = (I + diag(beta) L)^-1 - I      P = Q K^T * D      and e, f, beta by head    
 import triton
 import triton.language as tl
 
+from seqzoo.kernels.gpu.tiles import inverse
+
 
 @triton.jit
 def documents(starts_ptr, first, inside, C: tl.constexpr):
@@ -40,32 +42,6 @@ def fading(coarse, fine, document, C: tl.constexpr):
     seen = (c[:, None] >= c[None, :]) & (document[:, None] == document[None, :])
     change = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
     return tl.exp(tl.where(seen, change, float("-inf")))
-
-
-@triton.jit
-def inverse(N, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + N)^-1 - I of N [C, C] strictly lower triangular, C = 2^LEVELS, 16 or more.
-
-    By doubling: [[a, 0], [b, c]]^-1 = [[a^-1, 0], [-c^-1 b a^-1, c^-1]], as exact as substitution row by row, which
-    cannot be done on the matrix units. The series (I - N)(I + N^2)(I + N^4)... can, but where keys repeat its powers
-    grow to thousands and cancel. Up to 16 all blocks on the diagonal go together, as a batch.
-    """
-    n: tl.constexpr = C // 16
-    i, a, c = tl.arange(0, n), tl.arange(0, 16), tl.arange(0, C)
-    same = i[:, None, None, None] == i[None, None, :, None]
-    blocks = tl.sum(tl.where(same, tl.reshape(N, (n, 16, n, 16)), 0.0), axis=2)
-    X = tl.where((a[:, None] == a[None, :] + 1) & (a[:, None] % 2 == 1), -blocks, 0.0)
-    X = tl.where(a[:, None] == a[None, :], 1.0, X)
-    for level in tl.static_range(1, 4):
-        row, column = a[:, None] >> level, a[None, :] >> level
-        corner = tl.where((row % 2 == 1) & (column == row - 1), blocks, 0.0)
-        X -= tl.dot(tl.dot(X, corner, input_precision=PRECISION), X, input_precision=PRECISION)
-    X = tl.reshape(tl.where(same, tl.reshape(X, (n, 16, 1, 16)), 0.0), (C, C))
-    for level in tl.static_range(4, LEVELS):
-        row, column = c[:, None] >> level, c[None, :] >> level
-        corner = tl.where((row % 2 == 1) & (column == row - 1), N, 0.0)
-        X -= tl.dot(tl.dot(X, corner, input_precision=PRECISION), X, input_precision=PRECISION)
-    return tl.where(c[:, None] > c[None, :], X, 0.0)
 
 
 @triton.jit(do_not_specialize=["T", "N"])

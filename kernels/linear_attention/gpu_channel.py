@@ -1,16 +1,15 @@
 """One decay per key channel: what a chunk's scores are, and gradients through them, as products of matrices.
 
-P_ij = sum_c q_ic D_ijc k_jc is put together from halves, see `chunked.py`: of two tokens, the later in the second half
-of a block of 2, 4 .. C tokens and the earlier in its first, D is the decay from the earlier to the first half's end
-times that from there to the later. A token has one such decay for each size of block, and is asked by its query where
-it is in the second half, by its key in the first: each size is one product of a matrix with itself, of which the pairs
-count whose numbers differ first in that bit.
+How P_ij = sum_c q_ic D_ijc k_jc is put together from halves: `kernels/gpu/tiles.py`. A token is asked by its query
+where it is in the second half of a block, by its key in the first: each size of block is one product of a matrix with
+itself.
 """
 
 import triton
 import triton.language as tl
 
-from seqzoo.kernels.linear_attention.gpu_parts import LEVELS, C, channel_log, fall, halves, put, tile, two
+from seqzoo.kernels.gpu.tiles import channel_log, fall, halves, put, tile, two
+from seqzoo.kernels.linear_attention.gpu_parts import LEVELS, C
 
 
 @triton.jit(do_not_specialize=["T"])

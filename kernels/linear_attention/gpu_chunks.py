@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from seqzoo.kernels.linear_attention.gpu_parts import CHANNEL, HEAD, C, fall, head_decays, put, tile
+from seqzoo.kernels.gpu.tiles import fall, put, tile
+from seqzoo.kernels.linear_attention.gpu_parts import CHANNEL, HEAD, C, head_decays
 
 
 @triton.jit(do_not_specialize=["T"])

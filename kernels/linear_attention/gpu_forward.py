@@ -8,7 +8,8 @@ head e, f and P are made on the way, with one per channel they come from `gpu_ch
 import triton
 import triton.language as tl
 
-from seqzoo.kernels.linear_attention.gpu_parts import CHANNEL, HEAD, C, fall, head_decays, put, tile
+from seqzoo.kernels.gpu.tiles import fall, put, tile
+from seqzoo.kernels.linear_attention.gpu_parts import CHANNEL, HEAD, C, head_decays
 
 
 @triton.jit
