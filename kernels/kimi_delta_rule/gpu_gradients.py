@@ -24,13 +24,15 @@ def squares(
     H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """E [B, H, N, C, V], W and d_P [B, H, N, C, C], dv, and of d_beta [B, T, H] the first term. Programs: B H N."""
+    """E [B, H, N, C, V], W and d_P [B, H, N, C, C] with their transposes above the diagonal, dv, and of d_beta
+    [B, T, H] the first term. Programs: B H N.
+    """
     pid = tl.program_id(0).to(tl.int64)
     n, batch, head = pid % N, pid // N // H, pid // N % H
     tokens = tl.arange(0, C)
     later, earlier = tokens[:, None], tokens[None, :]
     row, left = batch * T + n * C, T - n * C
-    square = pid * (C * C) + later * C + earlier
+    A, W, d_P, square = A + pid * (C * C), W + pid * (C * C), d_P + pid * (C * C), later * C + earlier
     A_ = tl.trans(tl.load(A + square)).to(DOT)
     at = (row + tokens) * H + head
     b = tl.load(beta + at, mask=tokens < left, other=0.0).to(tl.float32)
@@ -47,18 +49,12 @@ def squares(
         d_ = tile(d_o + (row * H + head) * V, H * V, tokens, columns, left, V).to(DOT)
         taken = tl.dot(E_.to(DOT), Z_, acc=taken, input_precision=PRECISION)
         seen = tl.dot(d_, Z_, acc=seen, input_precision=PRECISION)
-    tl.store(W + square, tl.where(later > earlier, taken, 0.0).to(W.dtype.element_ty))
-    tl.store(d_P + square, tl.where(later >= earlier, seen, 0.0).to(d_P.dtype.element_ty))
+    taken = tl.where(later > earlier, taken, 0.0)
+    tl.store(W + square, (taken + tl.trans(taken)).to(W.dtype.element_ty))
+    seen = tl.where(later >= earlier, seen, 0.0)
+    seen = tl.where(later >= earlier, seen, tl.trans(seen))
+    tl.store(d_P + square, seen.to(d_P.dtype.element_ty))
     tl.store(d_beta + at, corrected, mask=tokens < left)
-
-
-@triton.jit
-def both(pairs, square, C: tl.constexpr):
-    """A matrix of pairs [C, C] of a chunk, strictly below the diagonal, and its transpose above it."""
-    c = tl.arange(0, C)
-    x = tl.load(pairs + square).to(tl.float32)
-    x = tl.where(c[:, None] > c[None, :], x, 0.0)
-    return x + tl.trans(x)
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -81,7 +77,7 @@ def gradients(
     q += row * q_step + head * K
     k += row * k_step + head * K
     d_o += (row * H + head) * V
-    square = chunk * (C * C) + later * C + earlier
+    W, d_P, square = W + chunk * (C * C), d_P + chunk * (C * C), later * C + earlier
     coarse, fine, all_coarse, all_fine = sums(g, starts, row, head, left, tokens, keys, H, K)
     b = tl.load(beta + (row + tokens) * H + head, mask=tokens < left, other=0.0).to(tl.float32)[:, None]
     dq_, dk_, read = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
@@ -110,7 +106,7 @@ def gradients(
     asked = (q_ * dq_ + k_ * read).to(DOT)
     dg_ = tl.dot((earlier >= later).to(DOT), asked, acc=dg_, input_precision=PRECISION)
     dk_ += read
-    same = tl.sum(tl.where(later == earlier, tl.load(d_P + square).to(tl.float32), 0.0), 1)[:, None]
+    same = tl.load(d_P + tokens * (C + 1)).to(tl.float32)[:, None]
     dq_ += same * k_
     dk_ += same * q_
     for level in range(LEVELS):
@@ -119,13 +115,13 @@ def gradients(
         q_ = tile(q, q_step, tokens, keys, left, K).to(tl.float32)  # again: registers are short
         k_ = tile(k, k_step, tokens, keys, left, K).to(tl.float32)
         mine = tl.where(second, q_, k_)
-        seen = tl.where(pairs, both(d_P, square, C), 0.0).to(DOT)
+        seen = tl.where(pairs, tl.load(d_P + square), 0.0).to(DOT)
         more = tl.dot(seen, (mine * decay).to(DOT), input_precision=PRECISION) * decay
         dq_ += tl.where(second, more, 0.0)
         dk_ += tl.where(second, 0.0, more)
         passed = mine * more
         weight = tl.where(second, b, 1.0)
-        taken = tl.where(pairs, both(W, square, C), 0.0).to(DOT)
+        taken = tl.where(pairs, tl.load(W + square), 0.0).to(DOT)
         more = tl.dot(taken, (weight * k_ * decay).to(DOT), input_precision=PRECISION) * -decay
         stepped += tl.sum(tl.where(second, k_ * more, 0.0), 1)
         dk_ += weight * more
