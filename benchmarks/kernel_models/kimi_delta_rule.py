@@ -1,10 +1,8 @@
 """What kimi_delta_rule's kernels move and multiply, in chunks of 64. q, k, v have as many heads; ours with no first
-memory, and a gradient of the last one; `size` bytes for what kernels hand each other.
+memory, and a gradient of the last one, as sm_90's table cuts; `size` bytes for what kernels hand each other.
 """
 
-from seqzoo.benchmarks.shapes import Model, Pass, Shape, per_token_and_head, step_shapes
-
-SLICE = 32  # columns of a program where the gradients' kernel cuts K
+from seqzoo.benchmarks.shapes import Model, Pass, Shape, cut, per_token_and_head, step_shapes
 
 
 def _parts(s: Shape) -> tuple[float, float, float, float]:
@@ -42,7 +40,8 @@ def _ours(s: Shape) -> list[Pass]:
 
 def _ours_backward(s: Shape) -> list[Pass]:
     decays, wide, valued, keep = _parts(s)
-    slices, memories = -(-s.K // SLICE), 2 * s.states(s.handed)
+    slices = -(-s.K // cut("kimi_delta_rule", "gradients", s.size, K=s.K, V=s.V)["BK"])
+    memories = 2 * s.states(s.handed)
     return [
         _prepare(s, inverse=False),
         Pass(
