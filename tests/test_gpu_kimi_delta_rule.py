@@ -10,6 +10,7 @@ from test_ops import values_and_grads
 
 from seqzoo.kernels import gpu as ground
 from seqzoo.kernels.dispatch import use_backend
+from seqzoo.kernels.gpu.operands import even_rows
 from seqzoo.kernels.gpu.tables import using
 from seqzoo.kernels.kimi_delta_rule import gpu, kimi_delta_rule
 from seqzoo.kernels.kimi_delta_rule.gpu import kimi_delta_rule_triton
@@ -112,7 +113,7 @@ def test_strides_are_followed():
     """q, k, v as views into one wider tensor are not copied."""
     wide = torch.randn(2, 20, 2 * 2 * 3 + 2 * 5, device=DEVICE)
     q, k, v = (x.unflatten(-1, (-1, w)) for x, w in zip(wide.split([6, 6, 10], dim=-1), (3, 3, 5), strict=True))
-    assert all(gpu._rows(x) is x for x in (q, k, v)) and gpu._rows(q.mT) is not q.mT
+    assert all(even_rows(x) is x for x in (q, k, v)) and even_rows(q.mT) is not q.mT
     g, beta = -torch.rand(2, 20, 3, 2, device=DEVICE).mT, torch.rand(2, 20, 4, device=DEVICE)[..., ::2]
     expected = kimi_delta_rule_reference(q, k, v, g, beta, None)
     for a, b in zip(kimi_delta_rule_triton(q, k, v, g, beta, None), expected, strict=True):

@@ -29,8 +29,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from seqzoo.kernels.gated_delta_rule.gpu_call import Call, call_of, padded, rows_of
+from seqzoo.kernels.gated_delta_rule.gpu_call import Call, call_of, rows_of
 from seqzoo.kernels.gpu import needs_gpu, products, takes
+from seqzoo.kernels.gpu.operands import block
 
 WIDEST = 256  # K and V
 
@@ -174,7 +175,7 @@ def backward(
     d_q, d_k, d_v, d_g, d_beta = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta))
     grouped = call.HV > call.H
     config = call.config("gradients")
-    config["BK"] = min(config["BK"], padded(call.K))
+    config["BK"] = min(config["BK"], block(call.K))
     by_head = [x.new_empty(*v.shape[:3], call.K) if grouped else x for x in (d_q, d_k)]
     call.start(
         gpu_gradients._gradients,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from seqzoo.kernels.gpu import arch, interpreted, launch, products, tuned
+from seqzoo.kernels.gpu.operands import block
 from seqzoo.kernels.gpu.tables import MULTIPROCESSORS
 
 OP = "gated_delta_rule"
@@ -57,16 +58,11 @@ class Call(NamedTuple):
 
     def start(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         """A kernel over the tokens."""
-        sizes = dict(H=self.H, HV=self.HV, K=self.K, V=self.V, C=self.C, BK=padded(self.K))
+        sizes = dict(H=self.H, HV=self.HV, K=self.K, V=self.V, C=self.C, BK=block(self.K))
         sizes |= dict(zip(("Q_ROW", "K_ROW", "V_ROW"), self.rows, strict=True)) | products(self.like)
         sizes["LEVELS"] = self.C.bit_length() - 1
         wanted = {name: sizes[name] for name in kernel.arg_names if name in sizes}
         launch(kernel, (programs,), *arguments, **wanted | constants)
-
-
-def padded(width: int) -> int:
-    """The power of two that a product takes."""
-    return max(16, 1 << (width - 1).bit_length())
 
 
 def call_of(q: Tensor, k: Tensor, v: Tensor) -> Call:

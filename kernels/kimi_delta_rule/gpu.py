@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from seqzoo.kernels.gpu import launch, needs_gpu, takes
+from seqzoo.kernels.gpu.operands import even_rows
 from seqzoo.kernels.gpu.pool import MOST, blocks, rows
 from seqzoo.kernels.kimi_delta_rule.gpu_call import Call
 
@@ -45,16 +46,9 @@ def kimi_delta_rule_triton(
     return o, last
 
 
-def _rows(x: Tensor) -> Tensor:
-    """A token's heads adjacent, tokens evenly apart through all rows; copied where they are not."""
-    B, T, heads, width = x.shape
-    even = x.stride(3) == 1 and (heads == 1 or x.stride(2) == width) and (B == 1 or x.stride(0) == T * x.stride(1))
-    return x if even else x.contiguous()
-
-
 def _call(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, starts: Tensor | None) -> Call:
     starts = None if starts is None else starts.contiguous()
-    return Call(_rows(q), _rows(k), _rows(v), g.contiguous(), beta.contiguous(), starts)
+    return Call(even_rows(q), even_rows(k), even_rows(v), g.contiguous(), beta.contiguous(), starts)
 
 
 def forward(

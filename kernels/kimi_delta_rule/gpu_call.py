@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from seqzoo.kernels.gpu import interpreted, launch, products, tuned
+from seqzoo.kernels.gpu.operands import block
 
 OP = "kimi_delta_rule"
 
@@ -43,7 +44,7 @@ class Call:
         config = dict(tuned(OP, kernel, self.v.device, self.v.dtype, K=self.K, V=self.V))
         for name, width in dict(BK=self.K, BV=self.V).items():
             if name in config:
-                config[name] = min(config[name], _block(width))
+                config[name] = min(config[name], block(width))
         return config
 
     def empty(self, *shape: int, small: bool = True) -> Tensor:
@@ -86,7 +87,7 @@ class Call:
         self.start(
             gpu_forward.forward, -(-self.V // config["BV"]) * self.B * self.H,
             chunks.reads, chunks.writes, chunks.erases, chunks.values, chunks.P, chunks.keep, state, o, last,
-            self.T, self.N, BK=_block(self.K), **config,
+            self.T, self.N, BK=block(self.K), **config,
         )  # fmt: skip
         return o, last
 
@@ -103,7 +104,7 @@ class Call:
         self.start(
             gpu_reverse.both_ways, 2 * -(-self.V // config["BV"]) * self.B * self.H,
             d_o, chunks.reads, chunks.writes, chunks.erases, chunks.values, chunks.P, chunks.keep, state, d_last,
-            states, Z, d_states, U, d_state, self.T, self.N, BK=_block(self.K), **config,
+            states, Z, d_states, U, d_state, self.T, self.N, BK=block(self.K), **config,
         )  # fmt: skip
         return states, Z, d_states, U, d_state
 
@@ -129,8 +130,3 @@ class Call:
             dq, dk, dg, d_beta[1:], self.T, self.N, self.q.stride(1), self.k.stride(1), **config,
         )  # fmt: skip
         return dq, dk, dv, dg, d_beta.sum(0)
-
-
-def _block(width: int) -> int:
-    """The least block that holds a width."""
-    return max(16, 1 << (width - 1).bit_length())

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from seqzoo.kernels.gpu import needs_gpu, takes
+from seqzoo.kernels.gpu.operands import even_rows
 from seqzoo.kernels.linear_attention.gpu_call import CHANNEL, Call
 
 WIDEST = 256  # key and value channels
@@ -62,13 +63,6 @@ def _ungrouped(
     return o.to(dtype), last[:, ::R]
 
 
-def _rows(x: Tensor) -> Tensor:
-    """A token's heads adjacent, tokens evenly apart through all rows; copied where they are not."""
-    B, T, heads, width = x.shape
-    even = x.stride(3) == 1 and (heads == 1 or x.stride(2) == width) and (B == 1 or x.stride(0) == T * x.stride(1))
-    return x if even else x.contiguous()
-
-
 def forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, starts: Tensor | None,
     segments: int | None = None,
@@ -80,7 +74,7 @@ def forward(
         g, state: fp32 and contiguous, or None.
         segments: what a row is cut into; None leaves it to sizes and chip.
     """
-    q, k, v = (_rows(x) for x in (q, k, v))
+    q, k, v = (even_rows(x) for x in (q, k, v))
     call, scores, keep = Call(q, v, g, starts, segments), None, None
     if call.decay == CHANNEL:
         q, k, scores, keep = call.prepared(k)
@@ -92,7 +86,7 @@ def backward(
     starts: Tensor | None, segments: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of q, k, v, g and state, None of what is None; arguments as of `forward`."""
-    q, k, v, d_o = (_rows(x) for x in (q, k, v, d_o))
+    q, k, v, d_o = (even_rows(x) for x in (q, k, v, d_o))
     call, reads, writes, scores, keep = Call(q, v, g, starts, segments), q, k, None, None
     if call.decay == CHANNEL:
         reads, writes, scores, keep = call.prepared(k)

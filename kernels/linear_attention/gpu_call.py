@@ -10,17 +10,13 @@ import torch
 from torch import Tensor
 
 from seqzoo.kernels.gpu import arch, launch, products, tuned
+from seqzoo.kernels.gpu.operands import block
 from seqzoo.kernels.gpu.tables import MULTIPROCESSORS
 
 OP = "linear_attention"
 C = 64  # tokens of a chunk, as in gpu_parts
 NONE, HEAD, CHANNEL = 0, 1, 2  # kinds of decay, as in gpu_parts
 FEWEST = 32  # chunks of a segment: fewer are not worth what it costs to find the memory they start with
-
-
-def _block(width: int) -> int:
-    """The least block that holds a width."""
-    return max(16, 1 << (width - 1).bit_length())
 
 
 class Call:
@@ -45,7 +41,7 @@ class Call:
         config = dict(tuned(OP, kernel, self.v.device, self.v.dtype, K=self.K, V=self.V, R=self.H // self.G))
         for name, width in dict(BK=self.K, BV=self.V).items():
             if name in config:
-                config[name] = min(config[name], _block(width))
+                config[name] = min(config[name], block(width))
         return config
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -121,7 +117,7 @@ class Call:
                 gpu_forward.scan, (-(-self.V // config["BV"]) * self.B * self.G, self.segments),
                 q, k, self.v, self.g, self.starts, scores, keep, first, o, last,
                 self.T, self.length, self.segments, *steps,
-                **self.heads, V=self.V, DECAY=self.decay, BK=_block(self.K), **self.dot, **config,
+                **self.heads, V=self.V, DECAY=self.decay, BK=block(self.K), **self.dot, **config,
             )  # fmt: skip
             return o, last
         memories = self.memories()
