@@ -19,7 +19,7 @@ DELTA = {"short_conv", "delta_inputs", "gated_delta_rule", "rms_norm"}
 KERNELS = {  # row -> the ops whose kernels a training step of it starts
     "gated_deltanet": DELTA,
     "gated_deltanet-negative": DELTA,
-    "kimi_delta_attention": {"short_conv", "rms_norm"},
+    "kimi_delta_attention": {"short_conv", "kimi_delta_rule", "rms_norm"},
     "latent_attention": {"rms_norm"},
     "lightning_attention": {"linear_attention", "rms_norm"},
     "linear_attention": {"linear_attention", "rms_norm"},
