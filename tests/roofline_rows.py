@@ -62,13 +62,13 @@ def gated_delta_rule_step(s):
 
 
 def kimi_delta_rule_step(s):
-    from seqzoo.kernels.kimi_delta_rule.gpu import stepped
+    from seqzoo.kernels.kimi_delta_rule.step import kimi_delta_rule_step_triton
 
     make, full = _make(s), dict(dtype=torch.float32)
     q, k, v = (make(s.B, s.T, s.HV, width) for width in (s.K, s.K, s.V))
     g, beta = make(s.B, s.T, s.HV, s.K, **full), make(s.B, s.T, s.HV, **full)
-    state = make(s.B, s.HV, s.K, s.V, **full)
-    yield "step", lambda: stepped(q, k, v, g, beta, state, None)
+    pool = make(s.B, s.HV, s.K, s.V, **full)
+    yield "step", lambda: kimi_delta_rule_step_triton(q, k, v, g, beta, pool, torch.arange(s.B), None)
 
 
 def linear_attention_step(*channels: str) -> Callable[[Shape], Calls]:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from seqzoo.kernels.dispatch import use_backend
 from seqzoo.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from seqzoo.kernels.gated_delta_rule.step import gated_delta_rule_step_
+from seqzoo.kernels.kimi_delta_rule.reference import kimi_delta_rule_reference
+from seqzoo.kernels.kimi_delta_rule.step import kimi_delta_rule_step_
 from seqzoo.kernels.linear_attention.reference import linear_attention_reference
 from seqzoo.kernels.linear_attention.step import linear_attention_step_
 from seqzoo.kernels.momentum_delta_rule.reference import momentum_delta_rule_reference
@@ -56,11 +58,16 @@ DELTA, LINEAR = (
     (linear_attention_step_, linear_attention_reference),
 )
 MOMENTUM = momentum_delta_rule_step_, momentum_delta_rule_reference
+KIMI = kimi_delta_rule_step_, kimi_delta_rule_reference
 STRICT = strict_linear_attention_step_, strict_linear_attention_reference
 
 
 def delta(H, HV, K, V):
     return dict(q=(normal, H, K), k=(unit, H, K), v=(normal, HV, V), g=(decay, HV), beta=(weight, HV)), (HV, K, V)
+
+
+def kimi(H, K, V, g):
+    return dict(q=(normal, H, K), k=(unit, H, K), v=(normal, H, V), g=(g, H, K), beta=(weight, H)), (H, K, V)
 
 
 def linear(H, G, K, V, g=None):
@@ -80,6 +87,8 @@ ROWS = {  # step and definition; how each input is drawn; shape of a state; argu
     "gated_delta_rule": (*DELTA, *delta(2, 4, K=7, V=19), ()),
     "gated_delta_rule-odd": (*DELTA, *delta(1, 2, K=24, V=40), ()),
     "gated_delta_rule-wide": (*DELTA, *delta(1, 1, K=200, V=33), ()),
+    "kimi_delta_rule": (*KIMI, *kimi(2, K=24, V=40, g=decay), ()),
+    "kimi_delta_rule-wide": (*KIMI, *kimi(1, K=200, V=19, g=forgets), ()),
     "linear_attention": (*LINEAR, *linear(2, 2, K=5, V=8), ()),
     "linear_attention-head": (*LINEAR, *linear(6, 2, K=24, V=40, g=(decay, 2)), ()),
     "linear_attention-channel": (*LINEAR, *linear(3, 1, K=200, V=19, g=(forgets, 1, 200)), ()),

@@ -60,13 +60,13 @@ def _ours_backward(s: Shape) -> list[Pass]:
 
 
 def _step_least(s: Shape) -> list[Pass]:
-    """Memories are read and written; nothing is a product of matrices."""
+    """Memories are read and written, and where they stand in the pool is read; nothing is a product of matrices."""
     decays, *_ = _parts(s)
-    return [Pass("all", 2 * s.keys + 2 * s.values + decays + s.gates + 2 * s.state)]
+    return [Pass("all", 2 * s.keys + 2 * s.values + decays + s.gates + 2 * s.state + 8 * s.B)]
 
 
 def _step(s: Shape) -> list[Pass]:
-    return [_step_least(s)[0]._replace(name="steps")]
+    return [_step_least(s)[0]._replace(name="kimi_delta_rule_steps")]
 
 
 SHAPES = {

@@ -4,7 +4,7 @@ Forward: `prepare` makes of every chunk, for itself, all that needs no memory; `
 with the memory in registers, three products that wait for each other a chunk. Backward keeps of it the inputs and A: it
 prepares again, walks with the memory and against time with its gradient in one launch (`both_ways`), and makes the
 gradients of all chunks at once (`squares`, `gradients`). A sequence has the same bits alone and in a batch: no sum's
-order is left open. A few tokens without gradients go one by one, in one launch (`steps`).
+order is left open. A few tokens without gradients go one by one, in one launch (`gpu_step`).
 
 bfloat16 is multiplied as such, with sums, decays, the memory and the inverse's doubling in fp32 (tf32 products); what
 kernels hand each other is rounded to bfloat16 as operands. float32 and float16 are multiplied as tf32. q and k may be
@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from seqzoo.kernels.gpu import launch, needs_gpu, takes
+from seqzoo.kernels.gpu import needs_gpu, takes
 from seqzoo.kernels.gpu.operands import even_rows
-from seqzoo.kernels.gpu.pool import MOST, blocks, rows
-from seqzoo.kernels.kimi_delta_rule.gpu_call import Call
+from seqzoo.kernels.gpu.pool import MOST
+from seqzoo.kernels.kimi_delta_rule.gpu_call import Call, kimi_delta_rule_step_triton
 
 WIDEST = 256  # K and V
 
@@ -60,24 +60,6 @@ def forward(
     return *call.outputs(chunks, None if state is None else state.contiguous()), chunks.A
 
 
-def stepped(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, starts: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """o and the last memory, token by token."""
-    from seqzoo.kernels.kimi_delta_rule.gpu_step import steps
-
-    (B, T, H, K), V = q.shape, v.shape[3]
-    q, k, v = rows(q), rows(k), rows(v)
-    state, starts = (None if x is None else x.contiguous() for x in (state, starts))
-    o, last, cut = v.new_empty(v.shape), v.new_empty(B, H, K, V, dtype=torch.float32), blocks(K, V, v.device)
-    launch(
-        steps, (B * H * -(-V // cut["BV"]),),
-        q, k, v, g.contiguous(), beta.contiguous(), starts, state, o, last,
-        T, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], H=H, K=K, V=V, **cut,
-    )  # fmt: skip
-    return o, last
-
-
 def backward(
     d_o: Tensor, d_last: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None,
     starts: Tensor | None, A: Tensor,
@@ -95,8 +77,10 @@ def _op(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, starts: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not keep and q.shape[1] <= MOST:
-        o, last = stepped(q, k, v, g, beta, state, starts)
-        return o, last, last.new_empty(0)
+        last = v.new_zeros(*v.shape[::2], k.shape[3], v.shape[3], dtype=torch.float32)
+        if state is not None:
+            last.copy_(state)
+        return kimi_delta_rule_step_triton(q, k, v, g, beta, last, None, starts), last, last.new_empty(0)
     o, last, A = forward(q, k, v, g, beta, state, starts)
     return o, last, A if keep else last.new_empty(0)
 
@@ -139,9 +123,7 @@ _op.register_autograd(_backward, setup_context=_remember)
 def examples(make: Callable[[Sequence[int], torch.dtype], Tensor]) -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls that start every kernel in every shape class."""
 
-    def call(
-        T: int, H: int, width: int, dtype: torch.dtype, wide: bool = False, begun: bool = False, learns: bool = True
-    ) -> Callable[[], object]:
+    def call(T: int, H: int, width: int, dtype: torch.dtype, wide: bool, begun: bool) -> Callable[[], object]:
         q, k = (make((1, T, H, width), torch.float32 if wide else dtype) for _ in range(2))
         v, g = make((1, T, H, width), dtype), make((1, T, H, width), torch.float32).abs().neg()
         beta = make((1, T, H), torch.float32)
@@ -149,8 +131,6 @@ def examples(make: Callable[[Sequence[int], torch.dtype], Tensor]) -> Iterator[t
         starts = make((1, T), torch.bool) if begun else None
 
         def run() -> object:
-            if not learns:
-                return stepped(q, k, v, g, beta, state, starts)
             o, last, A = forward(q, k, v, g, beta, state, starts)
             return o, last, *backward(o, last, q, k, v, g, beta, state, starts, A)
 
@@ -158,7 +138,5 @@ def examples(make: Callable[[Sequence[int], torch.dtype], Tensor]) -> Iterator[t
 
     for width in (64, 128, 256):
         for dtype in (torch.bfloat16, torch.float32):
-            name = f"{width} wide, {str(dtype).removeprefix('torch.')}"
-            yield name, call(4096, 16, width, dtype)
-            yield f"{name}, one token", call(1, 32, width, dtype, wide=True, begun=True, learns=False)
-    yield "packed, from a state, q and k wider", call(4096, 32, 128, torch.bfloat16, wide=True, begun=True)
+            yield f"{width} wide, {str(dtype).removeprefix('torch.')}", call(4096, 16, width, dtype, False, False)
+    yield "packed, from a state, q and k wider", call(4096, 32, 128, torch.bfloat16, True, True)

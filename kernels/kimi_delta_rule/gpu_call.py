@@ -11,6 +11,7 @@ from torch import Tensor
 
 from seqzoo.kernels.gpu import interpreted, launch, products, tuned
 from seqzoo.kernels.gpu.operands import block
+from seqzoo.kernels.gpu.pool import blocks, rows
 
 OP = "kimi_delta_rule"
 
@@ -130,3 +131,21 @@ class Call:
             dq, dk, dg, d_beta[1:], self.T, self.N, self.q.stride(1), self.k.stride(1), **config,
         )  # fmt: skip
         return dq, dk, dv, dg, d_beta.sum(0)
+
+
+def kimi_delta_rule_step_triton(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, pool: Tensor, index: Tensor | None, starts: Tensor | None
+) -> Tensor:
+    """`step.kimi_delta_rule_step_` in one launch: a program per row, head and slice of V."""
+    from seqzoo.kernels.kimi_delta_rule.gpu_step import kimi_delta_rule_steps
+
+    (B, T, H, K), V = q.shape, v.shape[3]
+    q, k, v = rows(q), rows(k), rows(v)
+    starts = None if starts is None else starts.contiguous()
+    o, cut = v.new_empty(v.shape), blocks(K, V, v.device)
+    launch(
+        kimi_delta_rule_steps, (B * H * -(-V // cut["BV"]),),
+        q, k, v, g.contiguous(), beta.contiguous(), pool, index, starts, o,
+        T, pool.shape[0], pool.stride(0), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], H=H, K=K, V=V, **cut,
+    )  # fmt: skip
+    return o
