@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,6 +78,16 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         raise ValueError(
             f"model.vocab_size: expected at least {tokenizer.vocab_size} (the tokenizer's), got {vocab_size}"
         )
+
+
+def check_same_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Raises ValueError where a model's folder holds another tokenizer: its ids would mean other words."""
+    if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+        return
+    own, got = load_tokenizer(str(folder)).identity(), tokenizer.identity()
+    if own["vocabulary"] != got["vocabulary"]:
+        sizes = f"{own['vocab_size']} ids", f"one of {got['vocab_size']}"
+        raise ValueError(f"data.tokenizer: expected that of init_from, {folder}, which has {sizes[0]}, got {sizes[1]}")
 
 
 def hide_bars() -> None:

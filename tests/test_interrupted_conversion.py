@@ -1,7 +1,9 @@
 """An interrupted conversion leaves nothing under the target's name, and the same call goes on from what is complete."""
 
+import errno
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -76,6 +78,23 @@ def test_goes_on(source, tmp_path, stopped_after, error, request):
     assert names == Folder(source / "whole").files[2:]
     assert_same_folder(source / "whole", target)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("code", [errno.EDQUOT, errno.EIO])
+def test_what_is_complete_outlives_a_disk_that_fails_twice(source, tmp_path, stopped_after, monkeypatch, code):
+    """Also a second call that finds no room before it begins."""
+    target = tmp_path / "new"
+    stopped_after(source / "theirs", target, 2, OSError(code, os.strerror(code)))
+    little = shutil.disk_usage(tmp_path)._replace(free=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(writing.shutil, "disk_usage", lambda path: little)
+        with pytest.raises(ValueError, match="no space left: expected .* bytes, got 10"):
+            convert(source / "theirs", target, max_shard_size=SIZE)
+    assert len(Folder(source / "whole").files[:2]) == len(
+        [*(tmp_path / ".new.partial" / writing.HALF).glob("*.safetensors")]
+    )
+    convert(source / "theirs", target, max_shard_size=SIZE)
+    assert_same_folder(source / "whole", target)
 
 
 @pytest.mark.parametrize("error, after", [(KeyboardInterrupt(), 0), (FULL, 0), (ValueError("bad"), 2)])

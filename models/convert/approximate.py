@@ -81,6 +81,8 @@ def transfer(
         new_mixer = KEEP if i in keep else new_mixer
         attention, mlp = source.mixers[old_mixer], source.channels[old_channel]
         mixer = attention if new_mixer == KEEP else _mixer(i, attention, chosen.mixers[new_mixer])
+        if new_channel != KEEP and chosen.channels[new_channel]["kind"] == mlp["kind"] == "moe":
+            new_channel = KEEP  # there are experts already
         channel = mlp if new_channel == KEEP else _channel(i, mlp, chosen.channels[new_channel])
         names = (
             _named(made["mixers"], old_mixer if new_mixer == KEEP else new_mixer, mixer),

@@ -3,6 +3,7 @@ layout, a Transformer into an efficient hybrid."""
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--calibrate", type=Path, metavar="TEXT", help="what importance is measured on")
     parser.add_argument("--scale", default="each", help="of experts that are copies: each, down or none [each]")
     parser.add_argument("--quantise", action="store_true", help="round the projections' weights to int8 (W8ASpike)")
-    parser.add_argument("--group", type=int, default=128, help="of --quantise: channels that share a scale [128]")
+    parser.add_argument("--group", type=int, help="of --quantise: channels that share a scale [128]")
     parser.add_argument("--skip", action="append", metavar="REGEX", help="of --quantise: projections left as they are")
     parser.add_argument("--seed", type=int, default=0, help="of a layout's new tensors [0]")
     parser.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help="of one file [5]")
@@ -49,11 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--allow-nonfinite", action="store_true", help="take NaN and infinity in weights as they are")
     args = parser.parse_args(argv)
     try:
+        _check(args)
         report = convert(
             args.src, args.dst, to=args.to, max_shard_size=int(args.max_shard_size * 1e9), dry_run=args.dry_run,
             verify=args.verify, pickle=args.pickle, allow_nonfinite=args.allow_nonfinite, keep=_keep(args),
             scale=args.scale, seed=args.seed,
-            quantise=dict(group=args.group, skip=args.skip or []) if args.quantise else None,
+            quantise=dict(group=args.group or 128, skip=args.skip or []) if args.quantise else None,
         )  # fmt: skip
         print(report)
         if args.report is not None:
@@ -61,7 +63,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"seqzoo-convert: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"seqzoo-convert: {args.dst}: interrupted: the same call goes on from what is complete", file=sys.stderr)
+        return 130
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What would be found out too late. Raises ValueError: words that fit no conversion, a report with no folder."""
+    if not 0 < args.max_shard_size < math.inf:
+        raise ValueError(f"--max-shard-size: expected a size above 0, got {args.max_shard_size}")
+    if not args.quantise and (args.group is not None or args.skip):
+        raise ValueError("--group and --skip: expected with --quantise alone")
+    if args.report is not None and (args.report.is_dir() or not args.report.absolute().parent.is_dir()):
+        raise ValueError(f"--report: expected a file in a folder that is there, got {args.report}")
 
 
 def _keep(args: argparse.Namespace) -> int | Sequence[int]:

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +52,13 @@ class Reader:
         step = self._step.get(name)
         pieces = step.pieces(self._read) if step is not None and step.comes_in_pieces else [self(name)]
         for piece in pieces:
-            yield from piece.contiguous().reshape(-1).split(CHUNK // piece.element_size())
+            for part in [piece] if piece.is_contiguous() else _rows(piece):  # an expanded one is never whole in memory
+                yield from part.contiguous().reshape(-1).split(CHUNK // part.element_size())
+
+
+def _rows(x: Tensor) -> Sequence[Tensor]:
+    """Some rows at a time, about CHUNK bytes."""
+    return x.split(max(1, CHUNK * len(x) // max(1, x.numel() * x.element_size())))
 
 
 class Opened(NamedTuple):
@@ -113,16 +120,35 @@ def open_as_ours(src: Path, kind: Any, *, pickle: bool = False) -> Opened:
         checkpoints.check_heads(src, source.heads, shapes_of(config), NOTHING)
         rows, kept_names = [Row((name,), (name,), COPY) for name in source.heads], NOTHING
     else:
-        theirs = architecture(kind)
-        config, source = theirs.to_ours(checkpoints.read_json(src / "config.json")), Folder(src, pickle=pickle)
-        rows, kept_names = theirs.rows(config, source.heads), theirs.KEPT
-        checkpoints.check_heads(src, source.heads, expected_of(rows, shapes_of(config)), kept_names)
+        theirs, source = architecture(kind), Folder(src, pickle=pickle)
+        with _of_a_stranger(src):
+            config = _read(theirs, checkpoints.read_json(src / "config.json"))
+            rows, kept_names = theirs.rows(config, source.heads), theirs.KEPT
+            expected = expected_of(rows, shapes_of(config))
+        checkpoints.check_heads(src, source.heads, expected, kept_names)
     steps = [Step(row, to_ours=True, heads=source.heads, recorded={}) for row in rows]
     used = {name for step in steps for name in step.sources}
     kept = {name: head for name, head in source.heads.items() if name not in used}
     if kind != "seqzoo" and hasattr(theirs, "check_kept"):
         theirs.check_kept(config, {name: source.read(name) for name in kept})
     return Opened(kind, config, source, steps, kept)
+
+
+def _read(theirs: Any, said: dict[str, Any]) -> SeqZooConfig:
+    """Their config.json as ours. Raises ValueError: what no architecture here has; else as `to_ours` of theirs."""
+    if said.get("is_causal", True) not in (True, None):
+        raise ValueError(f"config.json: is_causal: expected true, got {said['is_causal']!r}")
+    return theirs.to_ours(said)
+
+
+@contextmanager
+def _of_a_stranger(src: Path) -> Iterator[None]:
+    """Values of a config that nobody foresaw are its fault, whatever they lead to."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        why = " ".join(str(error).split())[:160]
+        raise ValueError(f"{src / 'config.json'}: not understood: {type(error).__name__}: {why}") from error
 
 
 def to_ours(src: Path, kind: Any, max_shard_size: int, *, pickle: bool = False) -> Plan:

@@ -36,7 +36,11 @@ def load(
     else:
         model = _fill(open_as_ours(folder, kind_of(folder), pickle=pickle), dtype, device or "cpu")
         if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+            try:
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+            except Exception as error:  # transformers' validators raise classes of their own
+                why = " ".join(str(error).split())[:160]
+                raise ValueError(f"{folder / 'generation_config.json'}: not understood: {why}") from error
         model.config._name_or_path = str(path_or_id)
     for name, x in model.named_parameters():
         if not allow_nonfinite and x.is_floating_point() and not finite(x):

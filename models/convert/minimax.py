@@ -40,12 +40,14 @@ def to_ours(theirs: dict[str, Any]) -> SeqZooConfig:
         c = MiniMaxConfig.from_dict(dict(theirs))
     except Exception as error:  # transformers' validators raise classes of their own
         raise ValueError(f"config.json: no MiniMax config: {' '.join(str(error).split())}") from None
+    turned = c.rope_parameters.get("partial_rotary_factor")
     quantized, kinds = getattr(c, "quantization_config", None), set(c.layer_types)
     for name, got, expected, fits in (
         ("hidden_act", c.hidden_act, "'silu'", c.hidden_act in ("silu", "swish")),
         ("attention_dropout", c.attention_dropout, "0", not c.attention_dropout),
         ("router_jitter_noise", c.router_jitter_noise, "0", not c.router_jitter_noise),
         ("quantization_config", quantized, "none", quantized is None),
+        ("partial_rotary_factor", turned, "1, as transformers has it whatever it says", turned in (1.0, None)),
         ("layer_types", sorted(kinds), "full and linear attention", kinds <= {"full_attention", "linear_attention"}),
     ):
         if not fits:

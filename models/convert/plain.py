@@ -146,7 +146,10 @@ def passed_fields(ours: SeqZooConfig) -> dict[str, Any]:
 
 
 def by_layer_types(c: Any) -> list[int | None]:
-    """Windows as `layer_types` has them."""
+    """Windows as `layer_types` has them. Raises ValueError: a kind that is neither."""
+    known = "full_attention", "sliding_attention"
+    if other := sorted({str(kind) for kind in c.layer_types if kind not in known}):
+        raise ValueError(f"config.json: layer_types: expected {' and '.join(known)}, got {', '.join(other)}")
     return [c.sliding_window if kind == "sliding_attention" else None for kind in c.layer_types]
 
 

@@ -50,7 +50,14 @@ def compare_layers(src: Path, made: Path) -> Verification:
     errors = layer_errors(source, ours, ids)
     worst = max(errors.values(), default=0.0)
     said = f"{len(errors)} mixers are others; their outputs differ by up to {worst:.3f} of their size, before recovery"
-    return Verification(said, dict(layer_errors=errors, ids=[_SHAPE[0], length], seed=_SEED))
+    with torch.no_grad():
+        wanted, got = (model(ids, use_cache=False).logits for model in (source, ours))
+    apart = ((got - wanted).norm() / wanted.norm()).item()
+    said += f"; logits by {apart:.3f}"
+    if (sinks := ours.config.num_sink_tokens) != source.config.num_sink_tokens:
+        said += f", in which every layer, those that stayed too, sees {sinks} new sink tokens"
+    measured: dict[str, Any] = dict(layer_errors=errors, logits_error=apart)
+    return Verification(said, measured | dict(ids=[_SHAPE[0], length], seed=_SEED))
 
 
 @torch.no_grad()

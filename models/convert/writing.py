@@ -26,11 +26,13 @@ JOURNAL, HALF = "journal.jsonl", "folder"
 
 
 def check_target(src: Path, dst: Path) -> None:
-    """Raises ValueError: no SRC, a DST that is something, or one inside SRC."""
+    """Raises ValueError: no SRC, a DST that is something, one inside SRC, or one that nothing can be renamed to."""
     if not src.is_dir():
         raise ValueError(f"{src}: no such folder")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise ValueError(f"{dst}: expected a folder that is empty or not yet there, got one with something in it")
+    if dst.is_mount():
+        raise ValueError(f"{dst}: expected a folder that can be replaced, got a mount point; name one inside it")
     if src.resolve() in (dst.resolve(), *dst.resolve().parents):
         raise ValueError(f"{dst}: expected a folder outside {src}, which is only read")
 
@@ -40,8 +42,8 @@ def write(
 ) -> Verification:
     """`check`: called with the new folder before it gets its name. Returns what it says.
 
-    Where it is interrupted or the disk is full, the files that are complete stay for the next call; after any other
-    error nothing is left.
+    Where it is interrupted or the disk fails or is full, the files that are complete stay for the next call; after any
+    other error nothing is left.
 
     Raises:
         ValueError: no space left, values that are not finite, a conversion into it is under way, or what an
@@ -66,7 +68,7 @@ def write(
             raise ValueError(str(error)) from None
         except BaseException as error:
             full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-            stays = done and (full or not isinstance(error, Exception))
+            stays = done and (isinstance(error, OSError | _NoSpace) or not isinstance(error, Exception))
             if not stays:
                 shutil.rmtree(part)
             if full:
@@ -79,6 +81,10 @@ def write(
             raise
         shutil.rmtree(part)
         return found
+
+
+class _NoSpace(ValueError):
+    """Seen before anything more is written."""
 
 
 class _NotOurs(Exception):
@@ -152,7 +158,7 @@ def _check_space(plan: Plan, part: Path, done: list[str]) -> None:
     needed = carried + sum(head.bytes for head in plan.heads.values() if head.file not in done)
     free = shutil.disk_usage(part).free
     if needed > free:
-        raise ValueError(f"{part.parent}: no space left: expected {needed:,} bytes, got {free:,}")
+        raise _NoSpace(f"{part.parent}: no space left: expected {needed:,} bytes, got {free:,}")
 
 
 def _fill(plan: Plan, folder: Path, journal: TextIO, done: list[str], allow_nonfinite: bool) -> None:
