@@ -9,6 +9,7 @@ from test_convert import assert_relative
 from torch.testing import assert_close
 
 import seqzoo
+from seqzoo.models.calls import mixer_calls
 from seqzoo.models.checkpoints import Folder
 from seqzoo.models.convert import convert
 from seqzoo.models.convert.adopt import adopters
@@ -28,6 +29,7 @@ SOURCES = [
 OPTIONS = {  # a mixer that can be made of attention -> what it must be told
     "attention": dict(window=5),
     "gated_deltanet": {},
+    "kimi_delta_attention": {},
     "linear_attention": dict(feature="relu", decay="channel", decay_rank=3),
     "momentum_attention": dict(gamma=0.5),
     "momentum_deltanet": {},
@@ -64,8 +66,8 @@ def test_every_mixer_has_a_row():
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_made_of_attention(source, kind):
     """Runs, steps as it runs whole, learns in every tensor; kept layers and all else are the very tensors."""
-    if kind == "momentum_deltanet" and has_biases(source):
-        with pytest.raises(ValueError, match="momentum_deltanet: expected attention without bias, .* got True"):
+    if kind in ("kimi_delta_attention", "momentum_deltanet") and has_biases(source):
+        with pytest.raises(ValueError, match=f"{kind}: expected attention without bias, .* got True"):
             to_layout(source, one(kind))
         return
     made = to_layout(source, one(kind)).eval()
@@ -86,7 +88,12 @@ def test_made_of_attention(source, kind):
             assert x.data_ptr() == theirs[name].data_ptr(), name
 
 
-@pytest.mark.parametrize("kind, same", [("attention", dict(window=64)), ("momentum_attention", dict(gamma=0.0))])
+@pytest.mark.parametrize(
+    "kind, same",
+    [
+        ("attention", dict(window=64)), ("attention", dict(output_gate=True)), ("momentum_attention", dict(gamma=0.0)),
+    ],
+)  # fmt: skip
 def test_what_changes_nothing_changes_nothing(source, kind, same):
     ids = torch.randint(VOCAB, (2, 21))
     assert_relative(to_layout(source, one(kind, **same)).eval()(ids).logits, source(ids).logits, bound=1e-6)
@@ -96,8 +103,6 @@ def test_what_changes_nothing_changes_nothing(source, kind, same):
 def test_a_folder_is_what_it_is_in_memory(folder, source, name, tmp_path):
     """Tensor after tensor, as all at once; and the report has every tensor."""
     how = dict(keep=[2], seed=3)
-    if name == "spikingbrain_76b" and "moe" in source.config.channels:
-        how["keep"] = [0, 1, 2]  # no layer of these is one of the layout's experts
     report = convert(folder, tmp_path / "ours", to=name, verify=True, **how)
     assert {f.what for f in report.fates} >= {"copied"} and "mixers are others" in report.verification.said
     made, expected = seqzoo.load(tmp_path / "ours"), to_layout(source, layout(name), **how).eval()
@@ -154,6 +159,17 @@ def test_experts_do_what_the_mlp_did(scale, near, tmp_path):
     assert_relative(a, b, bound=near) if near else assert_close(a, b, atol=0.3 * b.abs().max().item(), rtol=0)
     assert near or not torch.allclose(a, b, atol=1e-3)
     assert json.loads((tmp_path / "ours" / RECORD).read_text())["grown"] == [0, 2]
+
+
+def test_errors_are_measured_with_the_sinks_that_a_layer_sees(source):
+    """The first layer gets the same in both models: its error is that of its outputs as they run."""
+    made = to_layout(source, layout("spikingbrain_76b")).eval()
+    ids = torch.randint(VOCAB, (2, 21))
+    (_, got), (_, expected) = (mixer_calls(model, ids)[0] for model in (made, source))
+    wanted = ((got - expected).norm() / expected.norm()).item()
+    assert layer_errors(source, made, ids)[0] == pytest.approx(wanted, rel=1e-5)
+    made.sink_tokens = None
+    assert layer_errors(source, made, ids)[0] != pytest.approx(wanted, rel=2e-5)
 
 
 def test_the_layer_that_matters_stays(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Configs of published shape that say what ours lacks, or nothing that makes sense, and words that fit no conversion."""
+"""Configs of published shape that say what ours lacks, or nothing of sense, and words that fit no conversion."""
 
 import json
 
@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 import seqzoo
 from seqzoo.data.tokenizer import check_same_tokenizer, load_tokenizer
+from seqzoo.models.checkpoints import Folder
 from seqzoo.models.convert import cli, convert, writing
 from seqzoo.models.convert.folders import CHUNK, Reader
 
@@ -56,6 +57,17 @@ def test_experts_stay_where_a_layout_wants_some(tmp_path):
     names = [name for name in ours if ".channel." in name]
     assert len(names) == 3 * 4 and len(theirs) > len(names)
     assert all(torch.equal(made[name], ours[name]) for name in names)
+
+
+def test_experts_that_stay_go_through_one_at_a_time(tmp_path, monkeypatch):
+    """Joined to a stack expert by expert, also on the way to a layout; the stack is never asked for whole."""
+    small("qwen3_moe", "plain").save_pretrained(tmp_path / "theirs")
+    asked, whole = [], Reader.__call__
+    monkeypatch.setattr(Reader, "__call__", lambda reader, name: (asked.append(name), whole(reader, name))[1])
+    convert(tmp_path / "theirs", tmp_path / "made", to="gated_deltanet")
+    heads = Folder(tmp_path / "made").heads
+    stacks = {name for name, head in heads.items() if ".channel." in name and len(head.shape) == 3}
+    assert stacks and asked and not stacks & set(asked)
 
 
 def test_an_expanded_tensor_is_never_whole_in_memory():

@@ -55,14 +55,18 @@ def changed_layers(source: SeqZooConfig, made: SeqZooConfig) -> list[int]:
 def layer_errors(source: SeqZooForCausalLM, made: SeqZooForCausalLM, ids: Tensor) -> dict[int, float]:
     """Of each layer whose mixer is another: ||made(x) - source(x)|| / ||source(x)||, x what comes into the source's.
 
+    Sink tokens that only the made model has are seen by its mixers, as they are when it runs.
+
     Args:
         source, made: of one depth and width.
         ids: [B, T].
     """
     changed, errors = changed_layers(source.config, made.config), {}
-    for i, (arguments, expected) in enumerate(mixer_calls(source, ids)):
+    own = [span.sinks for (_, span), _ in mixer_calls(made, ids[:1, :1])]  # a stream that no token changes
+    for i, ((x, span), expected) in enumerate(mixer_calls(source, ids)):
         if i in changed:
-            got = made.stack.levels()[i].mixer(*arguments)[0]
+            span = span._replace(sinks=own[i] if span.sinks is None else span.sinks)
+            got = made.stack.levels()[i].mixer(x, span)[0]
             errors[i] = ((got - expected).norm() / expected.norm()).item()
     return errors
 

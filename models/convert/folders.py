@@ -50,6 +50,9 @@ class Reader:
     def chunks(self, name: str) -> Iterator[Tensor]:
         """The tensor's numbers from first to last, at most CHUNK bytes at a time."""
         step = self._step.get(name)
+        if step is not None and step.copies and isinstance(self._read, Reader):  # which may have it in pieces
+            yield from self._read.chunks(step.sources[0])
+            return
         pieces = step.pieces(self._read) if step is not None and step.comes_in_pieces else [self(name)]
         for piece in pieces:
             for part in [piece] if piece.is_contiguous() else _rows(piece):  # an expanded one is never whole in memory
