@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 from checkpoints import small
+from test_convert import assert_same_folder
 from transformers import AutoTokenizer
 
 import seqzoo
 from seqzoo.data.tokenizer import check_same_tokenizer, load_tokenizer
 from seqzoo.models.checkpoints import Folder
-from seqzoo.models.convert import cli, convert, writing
+from seqzoo.models.convert import cli, convert, folders, int8, writing
 from seqzoo.models.convert.folders import CHUNK, Reader
 
 STRANGE = {
@@ -68,6 +69,19 @@ def test_experts_that_stay_go_through_one_at_a_time(tmp_path, monkeypatch):
     heads = Folder(tmp_path / "made").heads
     stacks = {name for name, head in heads.items() if ".channel." in name and len(head.shape) == 3}
     assert stacks and asked and not stacks & set(asked)
+
+
+@pytest.mark.parametrize("to", [None, "gated_deltanet"])
+def test_large_tensors_are_rounded_row_by_row(tmp_path, monkeypatch, to):
+    """With the numbers that they have when rounded whole, in chunks that end within rows."""
+    small("qwen3_moe", "plain").save_pretrained(tmp_path / "theirs")
+    how = dict(to=to, quantise=dict(group=8))
+    convert(tmp_path / "theirs", tmp_path / "whole", **how)
+    monkeypatch.setattr(int8, "_AT_ONCE", 0)
+    monkeypatch.setattr(folders, "CHUNK", 4 * 31)
+    monkeypatch.setattr(int8.Rounded, "__call__", None)
+    convert(tmp_path / "theirs", tmp_path / "rows", **how)
+    assert_same_folder(tmp_path / "whole", tmp_path / "rows")
 
 
 def test_an_expanded_tensor_is_never_whole_in_memory():

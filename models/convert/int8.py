@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from seqzoo.layers.spike_linear import quantised
@@ -16,13 +17,14 @@ from seqzoo.models.convert.report import Fate
 from seqzoo.models.quantise import quantisation_spec
 
 _SCALES, _WEIGHT = ".scales", ".weight"
+_AT_ONCE = 4 * CHUNK  # [bytes] of a tensor that is rounded whole; in between it takes four times as much, in fp32
 
 
 class Rounded:
-    """Like `Reader`. `table`: tensor -> the float one that it and its partner are rounded from."""
+    """Like `Reader`. `table`: tensor -> the float one that it and its partner are rounded from; `floats`: these."""
 
-    def __init__(self, read: Reader, table: Mapping[str, str], group: int) -> None:
-        self._read, self._table, self._group = read, table, group
+    def __init__(self, read: Reader, table: Mapping[str, str], floats: Mapping[str, Head], group: int) -> None:
+        self._read, self._table, self._floats, self._group = read, table, floats, group
         self._last, self._made = "", ()
 
     def __call__(self, name: str) -> Tensor:
@@ -36,11 +38,28 @@ class Rounded:
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """The tensor's numbers from first to last, at most CHUNK bytes at a time."""
-        if name not in self._table:
+        source = self._table.get(name)
+        if source is None:
             yield from self._read.chunks(name)
+            return
+        head = self._floats[source]
+        if head.bytes > _AT_ONCE:  # read once for the weights and once for the scales, or both would be held
+            for rows in _whole_rows(self._read.chunks(source), head.shape[-1]):
+                yield quantised(rows, self._group)[name.endswith(_SCALES)].reshape(-1)
             return
         x = self(name)
         yield from x.contiguous().reshape(-1).split(CHUNK // x.element_size())
+
+
+def _whole_rows(chunks: Iterator[Tensor], width: int) -> Iterator[Tensor]:
+    """What comes as it lies, as [rows, width]: every row is rounded by itself."""
+    left: Tensor | None = None
+    for chunk in chunks:
+        x = chunk if left is None else torch.cat([left, chunk])
+        end = len(x) - len(x) % width
+        left = x[end:]
+        if end:
+            yield x[:end].view(-1, width)
 
 
 def rounded(plan: Plan, options: Mapping[str, Any], max_shard_size: int) -> Plan:
@@ -75,7 +94,7 @@ def rounded(plan: Plan, options: Mapping[str, Any], max_shard_size: int) -> Plan
     fates += [Fate("dropped", fate.sources, {}) for fate in plan.report.fates if fate.what == "kept"]
     texts = {name: text for name, text in plan.texts.items() if name != RECORD}
     return plan._replace(
-        heads=placed, read=Rounded(plan.read, table, spec["group"]), metadata=metadata_of(placed),
+        heads=placed, read=Rounded(plan.read, table, floats, spec["group"]), metadata=metadata_of(placed),
         index=index_of(placed, placed), texts=texts | {"config.json": config.to_json_string()},
         report=plan.report._replace(target=f"{plan.report.target}, int8", fates=fates),
     )  # fmt: skip
