@@ -106,6 +106,8 @@ def test_a_mount_point_is_refused_before_anything_is_written(tmp_path, monkeypat
     [
         (["--max-shard-size", "inf"], "--max-shard-size: expected a size above 0, got inf"),
         (["--max-shard-size", "-1"], "--max-shard-size: expected a size above 0, got -1"),
+        (["--max-shard-size", "1e-12"], "max_shard_size: expected 1 byte or more, got 0"),
+        (["--quantise", "--group", "0"], "group"),
         (["--group", "64"], "--group and --skip: expected with --quantise alone"),
         (["--report", "nowhere/report.json"], "--report: expected a file in a folder that is there"),
     ],

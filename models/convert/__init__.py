@@ -113,6 +113,8 @@ def convert(
     from seqzoo.models.convert import verify as verifying
 
     src, dst = Path(src), Path(dst)
+    if max_shard_size < 1:
+        raise ValueError(f"max_shard_size: expected 1 byte or more, got {max_shard_size}")
     try:
         writing.check_target(src, dst)
         check_links(src)

@@ -139,8 +139,9 @@ def open_as_ours(src: Path, kind: Any, *, pickle: bool = False) -> Opened:
 
 def _read(theirs: Any, said: dict[str, Any]) -> SeqZooConfig:
     """Their config.json as ours. Raises ValueError: what no architecture here has; else as `to_ours` of theirs."""
-    if said.get("is_causal", True) not in (True, None):
-        raise ValueError(f"config.json: is_causal: expected true, got {said['is_causal']!r}")
+    for part in (said, said.get("text_config")):
+        if isinstance(part, dict) and part.get("is_causal", True) not in (True, None):
+            raise ValueError(f"config.json: is_causal: expected true, got {part['is_causal']!r}")
     return theirs.to_ours(said)
 
 
