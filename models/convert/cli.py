@@ -51,11 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         _check(args)
+        rounding = dict(group=128 if args.group is None else args.group, skip=args.skip or [])
         report = convert(
             args.src, args.dst, to=args.to, max_shard_size=int(args.max_shard_size * 1e9), dry_run=args.dry_run,
             verify=args.verify, pickle=args.pickle, allow_nonfinite=args.allow_nonfinite, keep=_keep(args),
             scale=args.scale, seed=args.seed,
-            quantise=dict(group=128 if args.group is None else args.group, skip=args.skip or []) if args.quantise else None,
+            quantise=rounding if args.quantise else None,
         )  # fmt: skip
         print(report)
         if args.report is not None:
