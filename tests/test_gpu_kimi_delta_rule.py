@@ -1,11 +1,9 @@
 """The Triton backend of the Kimi delta rule, interpreted: shapes, decays, bits, dtypes. Its laws: `test_ops.py`."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
+import traced
 from test_ops import values_and_grads
 
 from seqzoo.kernels import gpu as ground
@@ -122,6 +120,7 @@ def test_strides_are_followed():
 
 TRACED = """
 import torch
+import traced
 from seqzoo.kernels.dispatch import use_backend
 from seqzoo.kernels.kimi_delta_rule import kimi_delta_rule
 
@@ -133,18 +132,14 @@ for learns in (True, False):
     leaves = [x.detach().requires_grad_(learns) for x in inputs]
     run = lambda *x: kimi_delta_rule(*x, starts=starts)[0].square().sum()
     with use_backend("triton"):
-        traced, direct = torch.compile(run, backend="aot_eager", fullgraph=True)(*leaves), run(*leaves)
-    torch.testing.assert_close(traced, direct)
-    if learns:
-        torch.testing.assert_close(torch.autograd.grad(traced, leaves), torch.autograd.grad(direct, leaves))
+        traced.agrees(run, leaves)
 """
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="interpreted")
 def test_compiles():
     """Traced into one graph; in a process without the type checks of tests, which cannot be traced."""
-    done = subprocess.run([sys.executable, "-c", TRACED], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    traced.passes(TRACED)
 
 
 def test_says_what_it_cannot():

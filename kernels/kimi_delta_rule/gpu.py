@@ -1,7 +1,7 @@
 """The delta rule with a decay per key channel in Triton, on a GPU (or interpreted): forward and backward by hand.
 
 Forward: `prepare` makes of every chunk, for itself, all that needs no memory; `forward` then walks through the chunks
-with the memory in registers, three products that wait for each other a chunk. Backward keeps of it the inputs and A: it
+with the memory in registers, two products that wait for each other a chunk. Backward keeps of it the inputs and A: it
 prepares again, walks with the memory and against time with its gradient in one launch (`both_ways`), and makes the
 gradients of all chunks at once (`squares`, `gradients`). A sequence has the same bits alone and in a batch: no sum's
 order is left open. A few tokens without gradients go one by one, in one launch (`gpu_step`).

@@ -50,7 +50,8 @@ def transfer(
 
     Args:
         source: of blocks of a mixer and a channel, no block of its own kind.
-        chosen: the layout; its pattern is repeated over the source's layers, and cut at their end.
+        chosen: the layout; its pattern is repeated over the source's layers, and cut at their end. Where it grows
+            experts and the source has some, the source's own stay, as many as they are.
         keep: layers that keep their mixer, whatever the pattern says; a number n is every n-th of them.
         scale: of experts that are copies of a gated MLP, as `models/upcycle.py` has it.
 
