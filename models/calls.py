@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from seqzoo.kernels.across import split_sequence
 from seqzoo.models.causal_lm import SeqZooForCausalLM
 
 
@@ -24,6 +26,18 @@ def mixer_calls(model: SeqZooForCausalLM, *args: Any, **inputs: Any) -> list[tup
         for hook in hooks:
             hook.remove()
     return found
+
+
+@torch.no_grad()
+def sinks_seen(model: SeqZooForCausalLM) -> list[Tensor | None]:
+    """For each level: the model's sinks [N, D] as they stand in front of its mixer, None where it has none.
+
+    They are the same for any tokens. Where the model is cut over processes, all call this."""
+    if model.sink_tokens is None:
+        return [None] * model.stack.depth
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.sink_tokens.device)
+    with split_sequence(None), torch.compiler.set_stance("force_eager"):  # compiled parts do not tell of their calls
+        return [span.sinks for (_, span), _ in mixer_calls(model, token)]
 
 
 def called_as(module: nn.Module, forward: Callable[[], Any]) -> Any:

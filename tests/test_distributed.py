@@ -233,13 +233,15 @@ def test_export(alone, tmp_path, capsys, monkeypatch):
 
 def test_recovery(alone):
     """Stages one after the other, each from where the last one ended: teacher and student are cut, too."""
-    home, mixers = alone, dict(linear=dict(kind="linear_attention", decay="head"))
+    home = alone
+    mixers = dict(linear=dict(kind="linear_attention", decay="head"), window=dict(kind="attention", window=4))
     with initialize_config_module("seqzoo.configs", version_base=None):
         deeper = [x.replace("layers=1", "layers=2").replace("kv_heads=1", "kv_heads=2") for x in TRANSFORMER]
         config = model_config(compose("train", overrides=deeper))
     torch.manual_seed(0)
     SeqZooForCausalLM(config).save_pretrained(home / "teacher")
-    convert(home / "teacher", home / "student", to=dict(mixers=mixers, pattern=["linear", "keep"]))
+    layout = dict(mixers=mixers, pattern=["linear", "window"], num_sink_tokens=2)
+    convert(home / "teacher", home / "student", to=layout)
     steps = [f"stages.{stage}.trainer.steps={n}" for stage, n in (("align", 3), ("distil", 3), ("next_token", 2))]
     given = [*steps, f"teacher={home / 'teacher'}", f"init_from={home / 'student'}", "optimizer.lr=0.001"]
     numbers = STEPS | dict(sample_tokens=0)

@@ -15,6 +15,7 @@ import seqzoo
 from seqzoo.models import SeqZooConfig, SeqZooForCausalLM
 from seqzoo.models.calls import mixer_calls
 from seqzoo.models.convert import convert
+from seqzoo.models.convert.calibration import layer_errors
 from seqzoo.models.extend import extended
 from seqzoo.train import train_in_stages
 from seqzoo.training import objectives
@@ -114,6 +115,22 @@ def test_a_teacher_with_sinks():
     model = SeqZooForCausalLM(SeqZooConfig(mixers=dict(full=full), channels=dict(mlp=mlp), **sizes))
     calls = mixer_calls(model, torch.zeros(2, 5, dtype=torch.int64))
     assert [gave.shape for _, gave in calls] == [(2, 5, 8)] * 2
+
+
+def test_alignment_with_the_students_sinks(folders, tmp_path):
+    """What its mixers see when it runs: a window that is long enough gives the teacher's output but for the sinks'."""
+    wide = dict(mixers=dict(window=dict(kind="attention", window=64)), pattern=["window"])
+    errors = []
+    for name, sinks in (("bare", 0), ("sinks", 3)):
+        convert(folders["teacher"], tmp_path / name, to=wide | dict(num_sink_tokens=sinks))
+        student = seqzoo.load(tmp_path / name)
+        if sinks:
+            torch.nn.init.normal_(student.sink_tokens)
+        objective, (inputs, targets) = Align(student, teacher=folders["teacher"], precision="fp32"), batch()
+        errors.append(objective(student, inputs, targets, None).loss.item())
+    assert errors[0] < 1e-8 and errors[1] > 1e-3
+    asked = layer_errors(objective.teacher, student, inputs["input_ids"])
+    assert_close(errors[1], sum(error**2 for error in asked.values()) / len(asked), rtol=1e-4, atol=0.0)
 
 
 def test_distillation(folders):

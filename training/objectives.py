@@ -24,7 +24,7 @@ from torch import Tensor
 
 from seqzoo.data.packing import IGNORED
 from seqzoo.kernels.across import anywhere, joined, pooled, ranks
-from seqzoo.models.calls import called_as, mixer_calls
+from seqzoo.models.calls import called_as, mixer_calls, sinks_seen
 from seqzoo.models.causal_lm import SeqZooForCausalLM, Stats
 from seqzoo.models.convert.calibration import changed_layers
 from seqzoo.models.convert.loading import load
@@ -183,7 +183,8 @@ class Distil:
 class Align:
     """Every mixer that is not the teacher's gives what the teacher's gives, on the teacher's own hidden states.
 
-    The loss is the mean over those layers of ||student - teacher||^2 / ||teacher||^2; only their mixers learn.
+    The loss is the mean over those layers of ||student - teacher||^2 / ||teacher||^2; only their mixers learn. Sink
+    tokens that the student alone has are seen by its mixers, as they are when it runs.
 
     Args:
         model: the student, on its device.
@@ -211,13 +212,14 @@ class Align:
         given = {name: x for name, x in inputs.items() if name != "shift_labels"}
         with torch.no_grad():
             calls = mixer_calls(self.teacher, **given)
-        levels = model.stack.levels()
+        levels, own = model.stack.levels(), sinks_seen(model)
 
         def error(i: int) -> Tensor:
             (x, span), wanted = calls[i]
             mixer = levels[i].mixer
             dtype = next(mixer.parameters()).dtype  # the teacher's may be another
-            sinks = None if span.sinks is None else span.sinks.to(dtype)
+            sinks = own[i] if span.sinks is None else span.sinks
+            sinks = None if sinks is None else sinks.to(dtype)
             got = called_as(levels[i], lambda: mixer(x.to(dtype), span._replace(sinks=sinks))[0])
             return (got.float() - wanted.float()).square().sum()
 
