@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable, which is imported with all that compiles
 
 from seqzoo.kernels.across import split_sequence
 from seqzoo.models.causal_lm import SeqZooForCausalLM
@@ -40,6 +41,7 @@ def sinks_seen(model: SeqZooForCausalLM) -> list[Tensor | None]:
         return [span.sinks for (_, span), _ in mixer_calls(model, token)]
 
 
+@_disable_dynamo(recursive=False)  # a compiler loses track of a forward that comes and goes
 def called_as(module: nn.Module, forward: Callable[[], Any]) -> Any:
     """What `forward` gives, called as the module's own forward is: with the hooks of all who watch its calls, as those
     do that gather weights which are cut over processes."""
