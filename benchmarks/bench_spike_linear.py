@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from seqzoo.benchmarks.timing import machine
 from seqzoo.kernels.linear import linear
 from seqzoo.kernels.spike import spike_counts, spike_linear
-from seqzoo.layers.spike_linear import quantised
+from seqzoo.layers.rounding import quantised
 
 
 def milliseconds(

@@ -3,15 +3,16 @@
 Formulas and source: `kernels/spike`.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqzoo.kernels.spike import spike_linear
 from seqzoo.layers.linear import Linear
+from seqzoo.layers.rounding import quantised
 from seqzoo.layers.spike import AdaptiveSpike
-
-LARGEST = 127  # of a weight: -128 has no counterpart
 
 
 class SpikingLinear(Linear):
@@ -58,8 +59,8 @@ class W8ASpike(nn.Module):
         _reset(self.weight, self.scales, self.bias)
 
     @torch.no_grad()
-    def fill(self, linear: nn.Linear) -> None:
-        """Take over a layer's weight, rounded, and its bias.
+    def fill(self, linear: nn.Linear, moments: Tensor | None = None) -> None:
+        """Take over a layer's weight, rounded, and its bias. `moments`: as `quantised` takes them.
 
         Raises:
             ValueError: another shape, a bias where there is none or the reverse, or a weight that is not finite.
@@ -68,7 +69,7 @@ class W8ASpike(nn.Module):
             ours, given = (None if x is None else tuple(x.shape) for x in (getattr(self, name), getattr(linear, name)))
             if ours != given:
                 raise ValueError(f"fill: {name}: expected shape {ours}, got {given}")
-        weight, self.scales = quantised(linear.weight, self.group)
+        weight, self.scales = quantised(linear.weight, self.group, moments)
         self.weight, self.bias = nn.Parameter(weight, requires_grad=False), linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,10 +107,15 @@ class W8ASpikeExperts(nn.Module):
         self.down_proj = W8ASpikeStack(experts, width, hidden_size, k=k, group=group)
 
     @torch.no_grad()
-    def fill(self, gate_up: Tensor, down: Tensor) -> None:
-        """Take over the experts' matrices, rounded. Raises ValueError: a weight that is not finite."""
-        for stack, weight in ((self.gate_up_proj, gate_up), (self.down_proj, down)):
-            whole, stack.scales = quantised(weight, stack.group)
+    def fill(self, gate_up: Tensor, down: Tensor, moments: Mapping[str, Tensor | None] = {}) -> None:
+        """Take over the experts' matrices, rounded. `moments`: of either by its name, as `quantised` takes them.
+
+        Raises:
+            ValueError: a weight that is not finite.
+        """
+        for name, weight in dict(gate_up_proj=gate_up, down_proj=down).items():
+            stack = getattr(self, name)
+            whole, stack.scales = quantised(weight, stack.group, moments.get(name))
             stack.weight = nn.Parameter(whole, requires_grad=False)
 
     def forward(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
@@ -125,30 +131,6 @@ class W8ASpikeExperts(nn.Module):
                 out = self.down_proj(F.silu(gate) * up, e) * weight[rows]
                 y = y.index_add(0, token[rows], out.to(y.dtype))
         return y
-
-
-def quantised(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """A matrix, or a stack of them, to the nearest of 255 steps, symmetric about 0.
-
-    Args:
-        weight: [..., out, in].
-        group: input channels that share a scale.
-
-    Returns:
-        int8 of weight's shape, -127 to 127, and scales [..., out, ceil(in / group)] in weight's dtype.
-
-    Raises:
-        ValueError: a weight that is not finite.
-    """
-    if not weight.isfinite().all():
-        raise ValueError(f"quantise: expected finite weights, got {weight[~weight.isfinite()][0].item()}")
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    G = -(-weight.shape[-1] // group)
-    parts = F.pad(wide, (0, G * group - weight.shape[-1])).unflatten(-1, (G, group))
-    scales = (parts.abs().amax(-1) / LARGEST).to(weight.dtype)
-    scales = scales.where(scales != 0, torch.finfo(weight.dtype).tiny)  # of nothing but zeros
-    steps = (parts / scales[..., None]).round().clamp(-LARGEST, LARGEST)
-    return steps.flatten(-2)[..., : weight.shape[-1]].to(torch.int8).contiguous(), scales
 
 
 def _room(*shape: int, group: int) -> tuple[nn.Parameter, Tensor]:

@@ -1,6 +1,7 @@
 """Transformers into other layouts: what is learned is used again, what stays attention is the same, the rest is new."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -9,12 +10,19 @@ from test_convert import assert_relative
 from torch.testing import assert_close
 
 import seqzoo
+from seqzoo.data.tokenizer import load_tokenizer
 from seqzoo.models.calls import mixer_calls
 from seqzoo.models.checkpoints import Folder
-from seqzoo.models.convert import convert
+from seqzoo.models.convert import convert, int8
 from seqzoo.models.convert.adopt import adopters
 from seqzoo.models.convert.approximate import RECORD, Fresh, to_layout, transfer
-from seqzoo.models.convert.calibration import changed_layers, importance, layer_errors, most_important
+from seqzoo.models.convert.calibration import (
+    calibration_ids,
+    changed_layers,
+    importance,
+    layer_errors,
+    most_important,
+)
 from seqzoo.models.convert.cli import main
 from seqzoo.models.convert.layouts import layout, layouts
 from seqzoo.models.quantise import quantise
@@ -176,8 +184,6 @@ def test_the_layer_that_matters_stays(tmp_path, capsys):
     """Importance finds the one layer that does something, by the API and by the command."""
     from transformers import AutoTokenizer
 
-    from seqzoo.data.tokenizer import load_tokenizer
-
     theirs = small("llama", "plain", vocab_size=264, num_hidden_layers=4)
     for i, layer in enumerate(theirs.model.layers):
         layer.self_attn.o_proj.weight.data *= 1.0 if i == 2 else 1e-3
@@ -246,6 +252,34 @@ def test_rounded_on_the_way(folder, source, tmp_path):
     ids = torch.randint(2, VOCAB, (1, 9))
     assert made.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 13)
     assert sorted(key for fate in report.fates for key in fate.targets) == sorted(Folder(tmp_path / "ours").heads)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("to", [None, "spikingbrain_76b"])
+def test_rounded_on_a_text(to, at_once, tmp_path, monkeypatch):
+    """The very tensors of `quantise` with the ids of the text, also of experts, also where rows are rounded apart."""
+    if not at_once:
+        monkeypatch.setattr(int8, "_AT_ONCE", 0)
+        monkeypatch.setattr("seqzoo.models.convert.folders.CHUNK", 300)
+    small("qwen3_moe", "plain", vocab_size=264).save_pretrained(tmp_path / "theirs")
+    load_tokenizer(None).save(tmp_path / "theirs")
+    (tmp_path / "text").write_text("".join(f"def f{i}(x):\n    return {i} * x\n" for i in range(90)))
+    words = [str(tmp_path / "theirs"), str(tmp_path / "ours"), *([f"--to={to}"] if to else [])]
+    words.append(f"--calibrate={tmp_path / 'text'}")
+    assert main(words) == 2  # for what?
+    assert main([*words, "--quantise", "--group=16", f"--report={tmp_path / 'report.json'}"]) == 0
+    text = calibration_ids(tmp_path / "theirs", tmp_path / "text", length=96, most=128)  # the longest that it takes
+    assert len(text) > 20
+    floats = seqzoo.load(tmp_path / "theirs")
+    floats = to_layout(floats, layout(to)) if to else floats
+    made, nearest = seqzoo.load(tmp_path / "ours").state_dict(), quantise(deepcopy(floats), group=16).state_dict()
+    expected = quantise(floats, group=16, calibration=text).state_dict()
+    assert made.keys() == expected.keys() and all(torch.equal(made[key], x) for key, x in expected.items())
+    experts = "stack.blocks.0.channel.experts.down_proj.weight"
+    assert not torch.equal(made[experts], nearest[experts])
+    assert "rounded on text (" in (tmp_path / "report.json").read_text()
+    with pytest.raises(ValueError, match="calibrate: expected with quantise alone"):
+        convert(tmp_path / "theirs", tmp_path / "no", calibrate=tmp_path / "text")
 
 
 def test_rounded_and_nothing_else(tmp_path):

@@ -16,10 +16,11 @@ from seqzoo.kernels.dispatch import use_backend
 from seqzoo.kernels.spike import spike
 from seqzoo.kernels.spike.reference import dequantised
 from seqzoo.layers.linear import Linear
-from seqzoo.layers.spike_linear import W8ASpike, W8ASpikeExperts, W8ASpikeStack, quantised
+from seqzoo.layers.rounding import DAMPING, moments_of, quantised
+from seqzoo.layers.spike_linear import W8ASpike, W8ASpikeExperts, W8ASpikeStack
 from seqzoo.models import SeqZooConfig, SeqZooForCausalLM
 from seqzoo.models.cost import cost
-from seqzoo.models.quantise import quantise
+from seqzoo.models.quantise import moments, quantisation_spec, quantise
 from seqzoo.models.spiking import spike_report
 from seqzoo.models.upcycle import upcycle
 from seqzoo.train import model_config
@@ -88,6 +89,59 @@ def test_weights_that_are_no_numbers(bad):
     weight[1, 5] = bad
     with pytest.raises(ValueError, match=f"quantise: expected finite weights, got {bad}"):
         quantised(weight, 4)
+
+
+def in_turn(weight, scales, moments):
+    """By its definition: after a channel is rounded, the rest moves to where the whole's error is least."""
+    left, damped = weight.double().clone(), moments.double()
+    squares = damped.diagonal()
+    damped = damped + torch.diag(torch.where(squares == 0, 1.0, DAMPING * squares.mean()))
+    steps = torch.empty_like(left)
+    for j in range(len(damped)):
+        steps[:, j] = (left[:, j] / scales).round().clamp(-127, 127)
+        error = left[:, j] - steps[:, j] * scales
+        rest = damped[j:, j:]
+        left[:, j + 1 :] += error[:, None] * torch.linalg.solve(rest[1:, 1:], rest[1:, 0])
+    return steps
+
+
+def inputs_that_go_together(rows, width):
+    return torch.randn(rows, 3) @ torch.randn(3, width) + 0.1 * torch.randn(rows, width)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.float64], ids=str)
+def test_errors_make_up_for_each_other(dtype):
+    """Group by group as defined, and on the inputs that were seen far nearer than to the nearest step."""
+    x = inputs_that_go_together(400, 37)
+    x[:, 5] = 0  # is never given
+    weight, seen = torch.randn(70, 37).to(dtype), moments_of(x, 16)
+    whole, scales = quantised(weight, 16, seen)
+    nearest, same = quantised(weight, 16)
+    assert torch.equal(scales, same) and torch.equal(whole[:, 5], nearest[:, 5]) and not torch.equal(whole, nearest)
+    for g, a in enumerate(range(0, 37, 16)):
+        b = min(37, a + 16)
+        seen_here = torch.zeros(16, 16)
+        seen_here[: b - a, : b - a] = seen[g, : b - a, : b - a]
+        padded = F.pad(weight[:, a:b], (0, 16 - b + a))
+        expected = in_turn(padded, scales[:, g].double()[:], seen_here)[:, : b - a]
+        # in fp32 a weight may be so near the middle of two steps that it goes the other way, and those after it too
+        assert (whole[:, a:b].double() == expected).all(-1).double().mean() > (0.999 if dtype == torch.float64 else 0.9)
+    error = lambda steps: ((dequantised(steps, scales, 16).double() - weight.double()) @ x.double().T).norm()
+    assert error(whole) < 0.5 * error(nearest)
+
+
+def test_moments():
+    """Of stacks each its own; none at all is the nearest step."""
+    x, weight = inputs_that_go_together(50, 24), torch.randn(3, 9, 24)
+    assert_close(moments_of(x, 16)[0], x[:, :16].T @ x[:, :16], atol=1e-4, rtol=1e-5)
+    seen = torch.stack([moments_of(x, 16), 0 * moments_of(x, 16), moments_of(x.flip(0, 1), 16)])
+    whole, scales = quantised(weight, 16, seen)
+    for e in range(3):
+        alone = quantised(weight[e], 16, seen[e])
+        assert torch.equal(whole[e], alone[0]) and torch.equal(scales[e], alone[1])
+    assert torch.equal(whole[1], quantised(weight[1], 16)[0])
+    with pytest.raises(ValueError, match="quantise: expected finite inputs of a projection"):
+        quantised(weight, 16, seen * float("nan"))
 
 
 # Layers
@@ -205,6 +259,32 @@ def test_to_disk_and_back(name, dtype, tmp_path):
     assert back.lm_head.weight.dtype == dtype
     out = [m.generate(x, max_new_tokens=6, do_sample=False, num_beams=2) for m in (ours, back)]
     assert torch.equal(*out)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next_nano", "transformer"])
+def test_calibrated(name):
+    """On the text, nearly every projection's outputs are nearer to what its float weights give for its spikes."""
+    floats, text = model(name), ids(6, 50)
+    spec = quantisation_spec(dict(group=32))
+    seen = moments(floats, spec, text)
+    nearest, ours = quantise(model(name), group=32), quantise(model(name), group=32, calibration=text)
+    state, better = floats.state_dict(), []
+    whole = {n for n, module in ours.named_modules() if isinstance(module, W8ASpike | W8ASpikeStack)}
+    assert seen.keys() == whole
+    for key, x in seen.items():
+        weight = state[f"{key.replace('.experts.', '.')}{'' if '.experts.' in key else '.weight'}"]
+        errors = []
+        for made in (ours, nearest):
+            module = made.get_submodule(key)
+            e = weight - dequantised(module.weight, module.scales, 32)
+            parts = F.pad(e, (0, -e.shape[-1] % 32)).unflatten(-1, (-1, 32)).transpose(-2, -3)  # [..., G, out, group]
+            errors.append(((parts @ x) * parts).sum())
+        better.append(errors[0] < errors[1])
+    assert sum(better) > 0.9 * len(better)
+    assert floats.config.quantisation is None and all(p.dtype != torch.int8 for p in floats.parameters())
+    assert ours(text).logits.isfinite().all()
+    with pytest.raises(ValueError, match=r"calibration: expected ids \[rows, T\], got torch.float32 of shape \(3,\)"):
+        quantise(model(name), calibration=torch.ones(3))
 
 
 def test_a_config_builds_room_for_a_state():

@@ -11,6 +11,8 @@ Balance without a loss: b_e moves by a fixed step against e's load (Wang et al. 
 The router and the shared expert are Qwen3-Next's.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -151,12 +153,15 @@ class MoE(nn.Module):
             x, gate_up, down = x.to(lower), gate_up.to(lower), down.to(lower)
         return expert_mlp(x, chosen, weight, gate_up, down, hidden=self.hidden_spikes)
 
-    def quantise_experts(self, *, k: float, group: int, fill: bool) -> None:
-        """The experts' matrices in int8 from now on (`W8ASpikeExperts`); `fill`: their numbers are those of now."""
+    def quantise_experts(
+        self, *, k: float, group: int, fill: bool, moments: Mapping[str, Tensor | None] = {}
+    ) -> None:  # fmt: skip
+        """The experts' matrices in int8 from now on (`W8ASpikeExperts`); `fill`: their numbers are those of now, with
+        `moments` so rounded that errors make up for each other."""
         E, D, I = self.down_proj.shape
         experts = W8ASpikeExperts(E, D, I, k=k, group=group)
         if fill:
-            experts.fill(self.gate_up_proj, self.down_proj)
+            experts.fill(self.gate_up_proj, self.down_proj, moments)
         self.gate_up_proj = self.down_proj = self.input_spikes = self.hidden_spikes = None
         self.experts = experts
 

@@ -70,6 +70,7 @@ def convert(
     scale: str = "each",
     seed: int = 0,
     quantise: Mapping[str, Any] | None = None,
+    calibrate: str | Path | None = None,
 ) -> "Report":
     """A checkpoint folder of another architecture into one of ours, or back; SRC's config says which. Or, where `to` is
     a layout, a Transformer of any architecture (ours too) into that layout, approximately.
@@ -94,6 +95,9 @@ def convert(
         seed: of a layout, what new tensors are drawn from.
         quantise: round the projections' weights to int8 (W8ASpike): the options of `models/quantise.py`'s Quantisation,
             {} for its defaults. Into ours alone, and with no way back.
+        calibrate: of `quantise`, a text file: SRC's tokenizer makes up to 128 rows of 512 tokens of it, and weights are
+            rounded so that their errors make up for each other there. For this, and for this alone, the source and the
+            new model are held whole in memory. None rounds to the nearest.
 
     Returns:
         The report: every tensor's fate. `str()` of it is a table.
@@ -101,13 +105,15 @@ def convert(
     Raises:
         ValueError: an unknown architecture or feature, a folder that is damaged, tensors that do not fit the config,
             a DST that is not empty or in SRC, weights that are not finite, logits that differ, no space left, a file
-            that cannot be read or written.
+            that cannot be read or written, a text that is too short.
     """
     from seqzoo.models.convert import (  # they need transformers, a list does not
         approximate,
+        calibration,
         folders,
         int8,
         layouts,
+        loading,
         writing,
     )
     from seqzoo.models.convert import verify as verifying
@@ -120,18 +126,28 @@ def convert(
         check_links(src)
         how: dict[str, Any] = dict(max_shard_size=max_shard_size, pickle=pickle)
         exact = to is None or to in ("seqzoo", *architectures())
+        chosen = None if exact else layouts.layout(to)
+        moved = dict(keep=keep, scale=scale)
         if exact and (keep, scale, seed) != ((), "each", 0):
             raise ValueError(f"keep, scale, seed: expected with a layout alone, got them with {to!r}")
-        if exact:
+        if calibrate is not None and quantise is None:
+            raise ValueError("calibrate: expected with quantise alone, got it without")
+        if chosen is None:
             plan = folders.plan(src, kind_of(src), to, **how)
         else:
-            chosen = layouts.layout(to)
-            plan = approximate.plan(src, kind_of(src), chosen, keep=keep, scale=scale, seed=seed, **how)
+            plan = approximate.plan(src, kind_of(src), chosen, seed=seed, **moved, **how)
         if quantise is not None:
             if exact and (kind_of(src) == "seqzoo" or verify):
                 what = "verify" if verify else "a folder of ours"
                 raise ValueError(f"quantise: expected a conversion into ours, or a layout, and got {what}")
-            plan = int8.rounded(plan, quantise, max_shard_size)
+            seen = calibration.NOTHING
+            if calibrate is not None and not dry_run:
+                opened: dict[str, Any] = dict(dtype=None, device=None, revision=None, pickle=pickle)
+                model = loading.load(src, allow_nonfinite=allow_nonfinite, **opened)
+                if chosen is not None:
+                    model = approximate.to_layout(model, chosen, seed=seed, **moved)
+                seen = calibration.projections_on(model, src, Path(calibrate), quantise)
+            plan = int8.rounded(plan, quantise, max_shard_size, seen)
         if dry_run and verify:
             return plan.report._replace(verification=verifying.NOTHING_WRITTEN)
         if dry_run:

@@ -1,10 +1,13 @@
-"""What is measured of an approximate conversion on some ids: how far its layers are from the source's, and which of
-the source's layers matter most.
+"""What is measured of a conversion on a text: how far its layers are from the source's, which of the source's layers
+matter most, and what projections are given whose weights are to be rounded.
 
-Everything is measured on the source's own hidden states, one layer at a time, so that no layer pays for another.
+Layers are measured on the source's own hidden states, one at a time, so that no layer pays for another.
 """
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +16,24 @@ from transformers import AutoTokenizer
 from seqzoo.models.calls import mixer_calls, sinks_seen
 from seqzoo.models.causal_lm import SeqZooForCausalLM
 from seqzoo.models.config import SeqZooConfig
+from seqzoo.models.quantise import moments, quantisation_spec
+
+ROWS, LENGTH = 128, 512  # of a text that weights are rounded on, at most
 
 
-def calibration_ids(folder: Path, text: Path, *, rows: int = 4, length: int = 512) -> Tensor:
-    """The beginning of a text as ids [rows, length] of the folder's own tokenizer, shorter where the text is.
+class Seen(NamedTuple):
+    """What projections were given on a text."""
+
+    text: str  # its name, and what tells it from others
+    moments: dict[str, Tensor]  # as `models/quantise.py` has them
+
+
+NOTHING = Seen("", {})
+
+
+def calibration_ids(folder: Path, text: Path, *, rows: int = 4, length: int = 512, most: int = 4) -> Tensor:
+    """The beginning of a text as ids [rows, length] of the folder's own tokenizer, shorter where the text is; of a long
+    one as many rows as there are, up to `most`.
 
     Raises:
         ValueError: a folder without a tokenizer, a text that cannot be read or is too short.
@@ -28,10 +45,28 @@ def calibration_ids(folder: Path, text: Path, *, rows: int = 4, length: int = 51
         raise ValueError(
             f"calibration: {text} with the tokenizer of {folder}: {' '.join(str(error).split())}"
         ) from None
+    rows = max(rows, min(most, len(ids) // length))
     length = min(length, len(ids) // rows)
     if length < 2:
         raise ValueError(f"calibration: {text}: expected at least {2 * rows} tokens, got {len(ids)}")
     return torch.tensor(ids[: rows * length]).view(rows, length)
+
+
+def projections_on(model: SeqZooForCausalLM, folder: Path, text: Path, options: Mapping[str, Any]) -> Seen:
+    """What a model's projections will be given on a text.
+
+    Args:
+        model: of float weights.
+        folder: with the tokenizer.
+        options: of `models/quantise.py`'s Quantisation.
+
+    Raises:
+        ValueError: as `calibration_ids`, or options that are none.
+    """
+    length = min(LENGTH, model.config.max_position_embeddings or LENGTH)
+    ids = calibration_ids(folder, text, length=length, most=ROWS)
+    found = moments(model, quantisation_spec(dict(options)), ids)
+    return Seen(f"{text.name} ({hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:8]})", found)
 
 
 def most_important(losses: dict[int, float], count: int) -> list[int]:

@@ -32,7 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="N",
         help="of a layout: the N layers that --calibrate finds to matter most",
     )
-    parser.add_argument("--calibrate", type=Path, metavar="TEXT", help="what importance is measured on")
+    parser.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="TEXT",
+        help="what importance is measured on, and what --quantise makes its errors make up for each other on",
+    )
     parser.add_argument("--scale", default="each", help="of experts that are copies: each, down or none [each]")
     parser.add_argument("--quantise", action="store_true", help="round the projections' weights to int8 (W8ASpike)")
     parser.add_argument("--group", type=int, help="of --quantise: channels that share a scale [128]")
@@ -56,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.src, args.dst, to=args.to, max_shard_size=int(args.max_shard_size * 1e9), dry_run=args.dry_run,
             verify=args.verify, pickle=args.pickle, allow_nonfinite=args.allow_nonfinite, keep=_keep(args),
             scale=args.scale, seed=args.seed,
-            quantise=rounding if args.quantise else None,
+            quantise=rounding if args.quantise else None, calibrate=args.calibrate if args.quantise else None,
         )  # fmt: skip
         print(report)
         if args.report is not None:
@@ -86,8 +91,10 @@ def _keep(args: argparse.Namespace) -> int | Sequence[int]:
     Raises:
         ValueError: words that are no layers, or no text to measure on.
     """
-    if (args.keep_important is None) != (args.calibrate is None):
-        raise ValueError("--keep-important and --calibrate: expected both or neither")
+    if args.keep_important is not None and args.calibrate is None:
+        raise ValueError("--keep-important: expected with --calibrate, got it without")
+    if args.calibrate is not None and args.keep_important is None and not args.quantise:
+        raise ValueError("--calibrate: expected with --keep-important or --quantise, got it with neither")
     if args.keep_every is not None:
         return args.keep_every
     if args.keep is not None:
@@ -108,5 +115,5 @@ def _keep(args: argparse.Namespace) -> int | Sequence[int]:
     losses = calibration.importance(source, made, ids)
     kept = calibration.most_important(losses, args.keep_important)
     for layer, loss in losses.items():
-        print(f"layer {layer}: {loss:.4f} nats/token lost without its attention{', stays' if layer in kept else ''}")
+        print(f"layer {layer}: {loss:.4f} nats/token lost with its new mixer{', stays' if layer in kept else ''}")
     return kept

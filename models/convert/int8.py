@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqzoo.layers.spike_linear import quantised
+from seqzoo.layers.rounding import quantised
 from seqzoo.models import checkpoints
 from seqzoo.models.checkpoints import Head
 from seqzoo.models.config import SeqZooConfig
+from seqzoo.models.convert.calibration import Seen
 from seqzoo.models.convert.folders import CHUNK, Plan, Reader, index_of, metadata_of, shapes_of
 from seqzoo.models.convert.origin import EXTRA, RECORD
 from seqzoo.models.convert.report import Fate
@@ -21,10 +22,20 @@ _AT_ONCE = 4 * CHUNK  # [bytes] of a tensor that is rounded whole; in between it
 
 
 class Rounded:
-    """Like `Reader`. `table`: tensor -> the float one that it and its partner are rounded from; `floats`: these."""
+    """Like `Reader`.
 
-    def __init__(self, read: Reader, table: Mapping[str, str], floats: Mapping[str, Head], group: int) -> None:
-        self._read, self._table, self._floats, self._group = read, table, floats, group
+    Args:
+        read: of the floats.
+        table: tensor -> the float one that it and its partner are rounded from.
+        floats: these.
+        moments: what is known of their inputs, by the float's name.
+    """
+
+    def __init__(
+        self, read: Reader, table: Mapping[str, str], floats: Mapping[str, Head], group: int,
+        moments: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
+        self._read, self._table, self._floats, self._group, self._moments = read, table, floats, group, moments
         self._last, self._made = "", ()
 
     def __call__(self, name: str) -> Tensor:
@@ -33,7 +44,8 @@ class Rounded:
             return self._read(name)
         if source != self._last:
             self._made = ()  # before the next are made, or both would be held
-            self._last, self._made = source, quantised(self._read(source), self._group)
+            self._last = source
+            self._made = quantised(self._read(source), self._group, self._moments.get(source))
         return self._made[name.endswith(_SCALES)]
 
     def chunks(self, name: str) -> Iterator[Tensor]:
@@ -44,25 +56,33 @@ class Rounded:
             return
         head = self._floats[source]
         if head.bytes > _AT_ONCE:  # read once for the weights and once for the scales, or both would be held
-            for rows in _whole_rows(self._read.chunks(source), head.shape[-1]):
-                yield quantised(rows, self._group)[name.endswith(_SCALES)].reshape(-1)
+            known = self._moments.get(source)
+            for matrix, rows in _whole_rows(self._read.chunks(source), *head.shape[-2:]):
+                seen = known if known is None or len(head.shape) == 2 else known[matrix]
+                yield quantised(rows, self._group, seen)[name.endswith(_SCALES)].reshape(-1)
             return
         x = self(name)
         yield from x.contiguous().reshape(-1).split(CHUNK // x.element_size())
 
 
-def _whole_rows(chunks: Iterator[Tensor], width: int) -> Iterator[Tensor]:
-    """What comes as it lies, as [rows, width]: every row is rounded by itself."""
-    left: Tensor | None = None
+def _whole_rows(chunks: Iterator[Tensor], height: int, width: int) -> Iterator[tuple[int, Tensor]]:
+    """What comes as it lies, of one matrix or many: which it is of, and some of its rows [.., width]. Every row is
+    rounded by itself."""
+    left, done = None, 0
     for chunk in chunks:
         x = chunk if left is None else torch.cat([left, chunk])
         end = len(x) - len(x) % width
         left = x[end:]
-        if end:
-            yield x[:end].view(-1, width)
+        rows = x[:end].view(-1, width)
+        while len(rows):
+            some = rows[: height - done % height]
+            yield done // height, some
+            rows, done = rows[len(some) :], done + len(some)
 
 
-def rounded(plan: Plan, options: Mapping[str, Any], max_shard_size: int) -> Plan:
+def rounded(
+    plan: Plan, options: Mapping[str, Any], max_shard_size: int, seen: Seen
+) -> Plan:  # fmt: skip
     """The plan with W8ASpike in the place of its projections.
 
     What leads back to an origin is left out: rounding has no way back.
@@ -71,6 +91,8 @@ def rounded(plan: Plan, options: Mapping[str, Any], max_shard_size: int) -> Plan
         plan: of a model of ours in floats.
         options: of `models/quantise.py`'s Quantisation; those left out are its defaults.
         max_shard_size: [bytes] of one file.
+        seen: what the projections of the model that the plan makes are given; where that is nothing, weights are
+            rounded to the nearest.
 
     Raises:
         ValueError: options that are none, or a model that cannot be rounded so.
@@ -87,14 +109,16 @@ def rounded(plan: Plan, options: Mapping[str, Any], max_shard_size: int) -> Plan
         name: Head(shape, "I8" if name in table and name.endswith(_WEIGHT) else floats[table.get(name, name)].dtype, "")
         for name, shape in shapes.items()
     }
+    moments = {table[f"{name}{_WEIGHT}"]: x for name, x in seen.moments.items()}
     placed, made = checkpoints.place(heads, max_shard_size), {}
     for name, source in table.items():
         made.setdefault(source, {})[name] = placed[name]
-    fates = [_fate(fate, made) for fate in plan.report.fates if fate.what != "kept"]
+    rounded = f"rounded on {seen.text}" if seen.text else "rounded"
+    fates = [_fate(fate, made, rounded) for fate in plan.report.fates if fate.what != "kept"]
     fates += [Fate("dropped", fate.sources, {}) for fate in plan.report.fates if fate.what == "kept"]
     texts = {name: text for name, text in plan.texts.items() if name != RECORD}
     return plan._replace(
-        heads=placed, read=Rounded(plan.read, table, floats, spec["group"]), metadata=metadata_of(placed),
+        heads=placed, read=Rounded(plan.read, table, floats, spec["group"], moments), metadata=metadata_of(placed),
         index=index_of(placed, placed), texts=texts | {"config.json": config.to_json_string()},
         report=plan.report._replace(target=f"{plan.report.target}, int8", fates=fates),
     )  # fmt: skip
@@ -110,10 +134,10 @@ def _stack(weight: str) -> str:
     return weight.removesuffix(_WEIGHT).replace(".experts.", ".")
 
 
-def _fate(fate: Fate, made: Mapping[str, dict[str, Head]]) -> Fate:
+def _fate(fate: Fate, made: Mapping[str, dict[str, Head]], rounded: str) -> Fate:
     if not any(name in made for name in fate.targets):
         return fate
     targets: dict[str, Head] = {}
     for name, head in fate.targets.items():
         targets |= made.get(name, {name: head})
-    return fate._replace(what=f"{fate.what}, rounded", targets=targets)
+    return fate._replace(what=f"{fate.what}, {rounded}", targets=targets)
