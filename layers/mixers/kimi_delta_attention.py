@@ -38,6 +38,8 @@ class KimiDeltaAttention(nn.Module):
     key_width, value_width: channels per head.
     conv_width: [tokens] length of the causal convolution of q, k and v.
     decay_rank, gate_rank: channels between the two matrices of decays and of gates; None is key_width, value_width.
+    bias: of the projections of q, k and v.
+    out_bias: of the projection of the output.
 
     Raises:
         ValueError: a size below 1.
@@ -55,6 +57,8 @@ class KimiDeltaAttention(nn.Module):
         conv_width: int = 4,
         decay_rank: int | None = None,
         gate_rank: int | None = None,
+        bias: bool = False,
+        out_bias: bool = False,
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -66,7 +70,7 @@ class KimiDeltaAttention(nn.Module):
                 raise ValueError(f"kimi_delta_attention: {name}: expected a whole number, at least 1, got {size!r}")
         self.H, self.K, self.V = num_heads, key_width, value_width
         self.sizes = [num_heads * key_width, num_heads * key_width, num_heads * value_width]
-        self.qkv_proj = Linear(hidden_size, sum(self.sizes), bias=False)
+        self.qkv_proj = Linear(hidden_size, sum(self.sizes), bias=bias)
         self.conv = CausalConv(sum(self.sizes), conv_width)
         self.decay_down_proj = Linear(hidden_size, decay_rank, bias=False)
         self.decay_up_proj = Linear(decay_rank, num_heads * key_width, bias=False)
@@ -76,7 +80,7 @@ class KimiDeltaAttention(nn.Module):
         self.gate_down_proj = Linear(hidden_size, gate_rank, bias=False)
         self.gate_up_proj = Linear(gate_rank, num_heads * value_width, bias=False)
         self.norm = RMSNorm(value_width, norm_eps, zero_centred=False)
-        self.out_proj = Linear(self.sizes[2], hidden_size, bias=False)
+        self.out_proj = Linear(self.sizes[2], hidden_size, bias=out_bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -89,7 +93,8 @@ class KimiDeltaAttention(nn.Module):
 
     def heads(self) -> Heads:
         """How it is dealt over processes."""
-        return Heads(("num_heads",), dict.fromkeys(("qkv_proj.weight", "conv.weight"), self.sizes))
+        joined = ("qkv_proj.weight", "qkv_proj.bias", "conv.weight")
+        return Heads(("num_heads",), dict.fromkeys(joined, self.sizes))
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> KimiDeltaAttentionState:
         return KimiDeltaAttentionState(

@@ -43,6 +43,8 @@ class LatentAttention(nn.Module):
     query_rank: of what queries are made of; None makes them of x.
     rope_theta: base of the rotary frequencies of the shared channels; None is no positions.
     bias: of the projections down, and of the output's.
+    query_bias: of the queries.
+    out_bias: of the output's projection; None is as bias.
 
     Raises:
         ValueError: a size out of its range, or positions for an odd number of channels.
@@ -60,6 +62,8 @@ class LatentAttention(nn.Module):
         query_rank: int | None = None,
         rope_theta: float | None = None,
         bias: bool = False,
+        query_bias: bool = False,
+        out_bias: bool | None = None,
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -80,11 +84,11 @@ class LatentAttention(nn.Module):
         if query_rank is not None:
             self.q_down_proj = Linear(hidden_size, query_rank, bias=bias)
             self.q_norm = RMSNorm(query_rank, norm_eps, zero_centred=False)
-        self.q_proj = Linear(query_rank or hidden_size, num_heads * (key_width + shared_width), bias=False)
+        self.q_proj = Linear(query_rank or hidden_size, num_heads * (key_width + shared_width), bias=query_bias)
         self.kv_down_proj = Linear(hidden_size, latent_width + shared_width, bias=bias)
         self.kv_norm = RMSNorm(latent_width, norm_eps, zero_centred=False)
         self.kv_proj = Linear(latent_width, num_heads * (key_width + value_width), bias=False)
-        self.out_proj = Linear(num_heads * value_width, hidden_size, bias=bias)
+        self.out_proj = Linear(num_heads * value_width, hidden_size, bias=bias if out_bias is None else out_bias)
 
     def heads(self) -> Heads:
         """How it is dealt over processes."""

@@ -27,14 +27,17 @@ class LightningAttention(nn.Module):
     """Args:
     num_heads, head_width: heads, and channels of q, k and v in each.
     slope: of all rates; MiniMax's layer l of L has 1 - l / (L - 1).
+    bias: of the projections of q, k and v.
+    out_bias: of the projection of the output.
 
     Raises:
         ValueError: sizes below 1, or a slope below 0.
     """
 
     def __init__(
-        self, hidden_size: int, *, num_heads: int, head_width: int, slope: float = 1.0, norm_eps: float = 1e-6
-    ) -> None:
+        self, hidden_size: int, *, num_heads: int, head_width: int, slope: float = 1.0, bias: bool = False,
+        out_bias: bool = False, norm_eps: float = 1e-6,
+    ) -> None:  # fmt: skip
         super().__init__()
         for name, size in dict(num_heads=num_heads, head_width=head_width).items():
             if not isinstance(size, int) or size < 1:
@@ -44,10 +47,10 @@ class LightningAttention(nn.Module):
         check_eps(norm_eps)
         self.H, self.K, self.slope = num_heads, head_width, slope
         width = num_heads * head_width
-        self.q_proj, self.k_proj, self.v_proj = (Linear(hidden_size, width, bias=False) for _ in range(3))
+        self.q_proj, self.k_proj, self.v_proj = (Linear(hidden_size, width, bias=bias) for _ in range(3))
         self.gate_proj = Linear(hidden_size, width, bias=False)
         self.norm = RMSNorm(width, norm_eps, zero_centred=False)
-        self.out_proj = Linear(width, hidden_size, bias=False)
+        self.out_proj = Linear(width, hidden_size, bias=out_bias)
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> LightningAttentionState:
         return LightningAttentionState(torch.zeros(batch, self.H, self.K, self.K, device=device))

@@ -52,6 +52,8 @@ class MomentumDeltaNet(nn.Module):
     conv_width: [tokens] length of the causal convolution of q, k and v.
     gates: "mean" or "coupled", see above.
     ask_faded: the error is that of the faded memory, p = alpha k, as in Gated DeltaNet; else of the memory, p = k.
+    bias: of the projections of q, k and v.
+    out_bias: of the projection of the output.
 
     Raises:
         ValueError: a size below 1, num_value_heads no multiple of num_key_heads, other gates.
@@ -70,6 +72,8 @@ class MomentumDeltaNet(nn.Module):
         conv_width: int = 4,
         gates: str = "mean",
         ask_faded: bool = True,
+        bias: bool = False,
+        out_bias: bool = False,
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -87,7 +91,7 @@ class MomentumDeltaNet(nn.Module):
         self.H, self.HV, self.K, self.V = num_key_heads, num_value_heads, key_width, value_width
         self.sizes = [num_key_heads * key_width, num_key_heads * key_width, num_value_heads * value_width]
         self.gates, self.ask_faded = gates, ask_faded
-        self.qkv_proj = Linear(hidden_size, sum(self.sizes), bias=False)
+        self.qkv_proj = Linear(hidden_size, sum(self.sizes), bias=bias)
         self.gate_proj = Linear(hidden_size, self.sizes[2], bias=False)
         self.bame_proj = Linear(hidden_size, 4 * num_value_heads, bias=False)  # b, a, m, e
         self.conv = CausalConv(sum(self.sizes), conv_width)
@@ -97,7 +101,7 @@ class MomentumDeltaNet(nn.Module):
         self.mu_bias = nn.Parameter(torch.empty(num_value_heads))
         self.ratio_log = nn.Parameter(torch.empty(num_value_heads)) if gates == "coupled" else None
         self.norm = GatedRMSNorm(value_width, norm_eps)
-        self.out_proj = Linear(self.sizes[2], hidden_size, bias=False)
+        self.out_proj = Linear(self.sizes[2], hidden_size, bias=out_bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -118,7 +122,7 @@ class MomentumDeltaNet(nn.Module):
 
     def heads(self) -> Heads:
         """How it is dealt over processes."""
-        qkv = dict.fromkeys(("qkv_proj.weight", "conv.weight"), self.sizes)
+        qkv = dict.fromkeys(("qkv_proj.weight", "qkv_proj.bias", "conv.weight"), self.sizes)
         return Heads(("num_key_heads", "num_value_heads"), qkv | {"bame_proj.weight": 4 * [self.HV]})
 
     def init_state(self, batch: int, *, device: torch.device, dtype: torch.dtype) -> MomentumDeltaNetState:
@@ -141,10 +145,11 @@ class MomentumDeltaNet(nn.Module):
     ) -> tuple[Tensor, MomentumDeltaNetState | None]:
         """x [B, T, D] -> y [B, T, D] and, if a state came in, the next one."""
         starts = None if span is None else span.starts
-        if span is not None and span.valid is not None:  # x = 0 gives k = v = 0: padding on the left writes nothing
-            x = x * span.valid[..., None]
+        qkv = self.qkv_proj(x)
+        if span is not None and span.valid is not None:  # k = v = 0: padding on the left writes nothing
+            qkv = qkv * span.valid[..., None]
         past, memory = (None, None) if state is None else state
-        qkv, conv = self.conv(self.qkv_proj(x), past, starts)
+        qkv, conv = self.conv(qkv, past, starts)
         ba, me = self.bame_proj(x).chunk(2, dim=-1)
         q, k, v, log_alpha, beta = delta_inputs(
             qkv, ba, self.a_log, self.dt_bias, num_key_heads=self.H, key_width=self.K
