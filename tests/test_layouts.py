@@ -11,10 +11,11 @@ from torch.testing import assert_close
 
 import seqzoo
 from seqzoo.data.tokenizer import load_tokenizer
+from seqzoo.layers.registry import build, complete
 from seqzoo.models.calls import mixer_calls
 from seqzoo.models.checkpoints import Folder
 from seqzoo.models.convert import convert, int8
-from seqzoo.models.convert.adopt import adopters
+from seqzoo.models.convert.adopt import adopter, adopters
 from seqzoo.models.convert.approximate import RECORD, Fresh, to_layout, transfer
 from seqzoo.models.convert.calibration import (
     calibration_ids,
@@ -38,6 +39,8 @@ OPTIONS = {  # a mixer that can be made of attention -> what it must be told
     "attention": dict(window=5),
     "gated_deltanet": {},
     "kimi_delta_attention": {},
+    "latent_attention": dict(latent_width=12, shared_width=4, rope_theta=1e3),
+    "lightning_attention": {},
     "linear_attention": dict(feature="relu", decay="channel", decay_rank=3),
     "momentum_attention": dict(gamma=0.5),
     "momentum_deltanet": {},
@@ -48,10 +51,6 @@ OPTIONS = {  # a mixer that can be made of attention -> what it must be told
 
 def one(kind, **options):
     return layout(dict(mixers=dict(new=dict(kind=kind, **(options or OPTIONS[kind]))), pattern=["new", "keep"]))
-
-
-def has_biases(model):
-    return any(name.endswith("q_proj.bias") for name, _ in model.named_parameters())
 
 
 @pytest.fixture(scope="module", params=SOURCES, ids=str)
@@ -68,16 +67,12 @@ def source(folder):
 
 
 def test_every_mixer_has_a_row():
-    assert sorted(OPTIONS) == adopters()
+    assert sorted(OPTIONS) == adopters() == names("mixers")  # all of the zoo can be made of attention
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_made_of_attention(source, kind):
     """Runs, steps as it runs whole, learns in every tensor; kept layers and all else are the very tensors."""
-    if kind in ("kimi_delta_attention", "momentum_deltanet") and has_biases(source):
-        with pytest.raises(ValueError, match=f"{kind}: expected attention without bias, .* got True"):
-            to_layout(source, one(kind))
-        return
     made = to_layout(source, one(kind)).eval()
     assert changed_layers(source.config, made.config) == [0, 2]
     ids = torch.randint(VOCAB, (2, 21))
@@ -105,6 +100,31 @@ def test_made_of_attention(source, kind):
 def test_what_changes_nothing_changes_nothing(source, kind, same):
     ids = torch.randint(VOCAB, (2, 21))
     assert_relative(to_layout(source, one(kind, **same)).eval()(ids).logits, source(ids).logits, bound=1e-6)
+
+
+@pytest.mark.parametrize("bias, out", [(False, False), (True, False), (True, True), (False, True)])
+@pytest.mark.parametrize("query_rank", [None, 24])
+def test_latents_are_the_attention(bias, out, query_rank):
+    """At full width, but for the norms of latents, which attention without turns does not have; biases and all."""
+    D = 24
+    spec = complete("mixers", dict(kind="attention", num_heads=4, num_kv_heads=2, head_width=6, rotary_width=0,
+                                   bias=bias, out_bias=out))  # fmt: skip
+    wanted = dict(kind="latent_attention", latent_width=24, shared_width=3, query_rank=query_rank)
+    made = complete("mixers", adopter("latent_attention").complete(spec, wanted))
+    torch.manual_seed(0)
+    theirs, ours = build("mixers", spec, D), build("mixers", made, D)
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    have = theirs.state_dict()
+    for those, these, how in adopter("latent_attention").rows(spec, made):
+        those, these = ((x,) if isinstance(x, str) else x for x in (those, these))
+        for name, x in zip(these, how.there(*(have[n] for n in those)), strict=True):
+            assert ours.get_parameter(name).shape == x.shape, name
+            ours.get_parameter(name).data = x
+    ours.kv_norm = torch.nn.Identity()
+    ours.q_norm = torch.nn.Identity() if query_rank else None
+    x = torch.randn(2, 11, D)
+    assert_relative(ours(x)[0], theirs(x)[0], bound=1e-5)
 
 
 @pytest.mark.parametrize("name", layouts())
@@ -217,6 +237,11 @@ def test_the_layer_that_matters_stays(tmp_path, capsys):
             r"linear_attention: expected options beside what the attention layer decides, got \['num_heads'\]",
         ),
         (dict(pattern=["a"], mixers=dict(a=dict(kind="parallel"))), {}, "parallel: branches: expected"),
+        (
+            dict(pattern=["a"], mixers=dict(a=dict(kind="latent_attention"))),
+            {},
+            "latent_width: expected 1 to 24, as wide as k and v, got None",
+        ),
         (
             dict(
                 pattern=["keep/a"],

@@ -7,6 +7,7 @@ and, where something fresh should begin otherwise than the mixer itself begins i
 """
 
 import pkgutil
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 
@@ -74,6 +75,29 @@ def repeat_heads(x: Tensor, attention: Spec) -> Tensor:
 def norm_weight(x: Tensor, attention: Spec) -> Tensor:
     """What a norm of q or k multiplies a head's channels by."""
     return x + 1 if attention["qk_norm"] == "zero_centred" else x
+
+
+def biased(bias: bool) -> tuple[str, ...]:
+    """What a linear layer has."""
+    return ("weight", "bias") if bias else ("weight",)
+
+
+def projected(x: str, what: str, attention: Spec) -> tuple[tuple[str, ...], Callable[..., Tensor]]:
+    """The weight or bias of q, k or v for a mixer without their norms: names, and what is made of their tensors.
+
+    Rows of a head that is normed become as large as the norm makes its channels, for inputs that are 1 in the mean
+    square and do not go together."""
+    if x == "v" or attention["qk_norm"] is None:
+        return (f"{x}_proj.{what}",), lambda given: given
+
+    def read(given: Tensor, norm: Tensor, *weight: Tensor) -> Tensor:
+        rows, scale = (weight[0] if weight else given).float(), norm_weight(norm, attention).float()
+        heads = rows.unflatten(0, (-1, scale.numel()))  # of a joint norm all are one
+        scale = scale / heads.square().sum(-1).mean(1, keepdim=True).sqrt()  # [H, K]
+        return (given * scale.flatten().view(-1, *[1] * (given.ndim - 1))).to(given.dtype)
+
+    names = (f"{x}_proj.{what}", f"{x}_norm.weight", *(() if what == "weight" else (f"{x}_proj.weight",)))
+    return names, read
 
 
 def as_it_is(conv_channels: int, conv_width: int, scale: Tensor | None = None) -> Tensor:

@@ -1,18 +1,18 @@
-"""Kimi Delta Attention from attention: as `gated_deltanet`, with a decay per key channel; no place for biases."""
+"""Kimi Delta Attention from attention: as `gated_deltanet`, with a decay per key channel."""
 
 from torch import Tensor
 
 from seqzoo.layers.registry import Spec
-from seqzoo.models.convert.adopt import as_it_is, options, refuse
+from seqzoo.models.convert.adopt import as_it_is, options, out_bias, refuse
 from seqzoo.models.convert.adopt.gated_deltanet import rows  # noqa: F401
 
 
 def complete(attention: Spec, wanted: Spec) -> Spec:
-    """Raises ValueError: attention with biases or an output gate."""
-    refuse("kimi_delta_attention", attention, "output_gate", "bias", "out_bias")
+    """Raises ValueError: attention with an output gate."""
+    refuse("kimi_delta_attention", attention, "output_gate")
     K = attention["head_width"]
     sizes = dict(num_heads=attention["num_heads"], key_width=K, value_width=K, norm_eps=attention["norm_eps"])
-    return options("kimi_delta_attention", wanted, sizes)
+    return options("kimi_delta_attention", wanted, sizes | dict(bias=attention["bias"], out_bias=out_bias(attention)))
 
 
 def fresh(spec: Spec) -> dict[str, Tensor]:
