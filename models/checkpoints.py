@@ -23,6 +23,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLE_INDEX, PICKLE_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 RUN_FILES = MANIFEST, RUN_TENSORS, RUN_FACTS = "manifest.json", "training.safetensors", "training.json"  # a run's own
 _SYNCED = _HELD = 64 * 2**20  # [bytes] written between two syncs, and of a tensor that the next has to wait for
+TEMPLATES = "additional_chat_templates"  # a tokenizer's folder of .jinja files
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -155,7 +156,7 @@ def check_links(folder: Path) -> None:
     """
     home = folder.resolve()
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    for path in sorted(folder.iterdir()):
+    for path in sorted([*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")]):
         if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in homes):
             raise ValueError(f"{path}: expected a file, or a link within {folder}, got one to {path.resolve()}")
 

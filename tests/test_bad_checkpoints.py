@@ -386,6 +386,9 @@ def test_origin_that_names_other_tensors_or_places(folder):
     ):
         path.write_text(json.dumps(origin | {"tensors": origin["tensors"] | {name: place}}))
         refused(damaged, "convert", "seqzoo_origin.json", words)
+    for index in ("", "[]", '{"weight_map": {"a": "../x.safetensors"}}'):
+        path.write_text(json.dumps(origin | {"index": index}))
+        refused(damaged, "convert", "seqzoo_origin.json", "index: expected the files that tensors has")
 
 
 @pytest.mark.parametrize("content", ["file", "full"])

@@ -26,7 +26,10 @@ def source(tmp_path_factory):
     root = tmp_path_factory.mktemp("source")
     small("all dense").save_pretrained(root / "theirs", max_shard_size="20KB")
     (root / "theirs" / "tokenizer.json").write_text("{}")
+    (root / "theirs" / "additional_chat_templates").mkdir()
+    (root / "theirs" / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
     convert(root / "theirs", root / "whole", max_shard_size=SIZE)
+    assert (root / "whole" / "additional_chat_templates" / "tools.jinja").read_text() == "{{ messages }}"
     assert len(Folder(root / "whole").files) >= 3
     return root
 

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import seqzoo
 from seqzoo.data.tokenizer import load_tokenizer
-from seqzoo.layers.registry import build, complete
+from seqzoo.layers.registry import build, complete, kinds
 from seqzoo.models.calls import mixer_calls
 from seqzoo.models.checkpoints import Folder
 from seqzoo.models.convert import convert, int8
@@ -67,7 +67,7 @@ def source(folder):
 
 
 def test_every_mixer_has_a_row():
-    assert sorted(OPTIONS) == adopters() == names("mixers")  # all of the zoo can be made of attention
+    assert sorted(OPTIONS) == adopters() == kinds("mixers")  # all of the zoo can be made of attention
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
@@ -157,6 +157,11 @@ def test_a_qwen2_becomes_a_published_spikingbrain(tmp_path):
             here, there = f"model.layers.{layer}.{a}", f"model.layers.{layer}.{b}"
             assert torch.equal(theirs.read(here), made.read(there))
     assert json.loads((tmp_path / "gla_swa" / "config.json").read_text())["sliding_window"] == 4096
+    assert (tmp_path / "ours" / RECORD).is_file() and not (tmp_path / "gla_swa" / RECORD).exists()
+    grown = dict(moe=dict(kind="moe", num_experts=2, num_experts_per_token=1, renormalise=True))
+    convert(tmp_path / "ours", tmp_path / "again", to=dict(channels=grown, pattern=["keep/moe"]))
+    record = json.loads((tmp_path / "again" / RECORD).read_text())
+    assert record["grown"] == [0, 1] and record["converted"] == []
 
 
 def test_new_tensors_are_of_the_seed_alone(source):

@@ -25,12 +25,11 @@ from seqzoo.models.config import SeqZooConfig
 from seqzoo.models.convert.adopt import adopter, one_way
 from seqzoo.models.convert.folders import Plan, Reader, files_beside, index_of, metadata_of, open_as_ours, shapes_of
 from seqzoo.models.convert.layouts import KEEP, Layout
+from seqzoo.models.convert.origin import LAYOUT as RECORD
 from seqzoo.models.convert.plain import Table
 from seqzoo.models.convert.report import Fate, Report
 from seqzoo.models.convert.rules import COPY, Row, Step, period
 from seqzoo.models.upcycle import SCALES, gain
-
-RECORD = "seqzoo_layout.json"  # in the new folder: what became of each layer
 
 
 class Transfer(NamedTuple):

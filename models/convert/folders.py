@@ -15,7 +15,7 @@ from seqzoo.models.causal_lm import SeqZooForCausalLM
 from seqzoo.models.checkpoints import Folder, Head
 from seqzoo.models.config import SeqZooConfig
 from seqzoo.models.convert import architecture, architectures
-from seqzoo.models.convert.origin import EXTRA, RECORD, Origin
+from seqzoo.models.convert.origin import EXTRA, LAYOUT, RECORD, Origin
 from seqzoo.models.convert.report import Fate, Report
 from seqzoo.models.convert.rules import COPY, Row, Step, describe, differences, expected_of
 from seqzoo.models.tensor_file import CODES
@@ -85,7 +85,7 @@ class Plan(NamedTuple):
     heads: dict[str, Head]  # every tensor, in its order, with the file it goes to
     read: Reader
     metadata: dict[str, dict[str, str]]  # file -> what its header says beside the tensors
-    index: dict[str, Any] | None  # what the index says beside the tensors; None is no index
+    index: str | dict[str, Any] | None  # its text, or what it says beside the tensors; None is no index
     texts: dict[str, str]  # file -> content
     source: Folder
     report: Report
@@ -232,10 +232,15 @@ def report_of(
 def files_beside(source: Folder) -> tuple[list[str], list[str]]:
     """The names of what a conversion carries along, and of what it leaves."""
     written = {"config.json", checkpoints.INDEX, checkpoints.PICKLE_INDEX, RECORD, EXTRA, *source.files}
-    others = sorted(path for path in source.path.iterdir() if path.name not in written)
-    useless = {path.name for path in others if path.suffix in checkpoints.PICKLES} | set(checkpoints.RUN_FILES)
-    carried = [path.name for path in others if path.is_file() and path.name[0] != "." and path.name not in useless]
-    return carried, [path.name for path in others if path.name not in carried]
+    useless = {*checkpoints.RUN_FILES, LAYOUT}
+    carried, left = [], []
+    templates = source.path / checkpoints.TEMPLATES
+    for path in sorted([*source.path.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]):
+        if path.name in written or path == templates:
+            continue
+        fits = path.is_file() and path.name[0] != "." and path.suffix not in checkpoints.PICKLES
+        (carried if fits and path.name not in useless else left).append(str(path.relative_to(source.path)))
+    return carried, left
 
 
 def _config(src: Path) -> SeqZooConfig:

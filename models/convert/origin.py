@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from seqzoo.models.checkpoints import DTYPES, Folder, Head, read_json, some
+from seqzoo.models.checkpoints import DTYPES, INDEX, Folder, Head, read_json, some
 
 RECORD, EXTRA = "seqzoo_origin.json", "seqzoo_extra.safetensors"
+LAYOUT = "seqzoo_layout.json"  # what an approximate conversion says of itself, and no other hands on
 
 
 class Origin(NamedTuple):
@@ -19,7 +20,7 @@ class Origin(NamedTuple):
     config: str  # the text of config.json
     tensors: dict[str, list[str]]  # name -> file, dtype; in the order in which they stood
     metadata: dict[str, dict[str, str]]  # file -> what its header said beside the tensors
-    index: dict[str, Any] | None  # what the index said beside the tensors; None where there was none
+    index: str | dict[str, Any] | None  # its text; of pickles what it said beside the tensors; None: there was none
 
     @classmethod
     def of(cls, architecture: str, folder: Folder) -> "Origin":
@@ -30,7 +31,10 @@ class Origin(NamedTuple):
             raise ValueError(f"{folder.path / 'config.json'}: expected UTF-8: {error}") from None
         places = {name: [_as_safetensors(head.file), head.dtype] for name, head in folder.heads.items()}
         metadata = {_as_safetensors(file): said for file, said in folder.metadata.items()}
-        return cls(architecture, config, places, metadata, folder.index and folder.index.get("metadata", {}))
+        index = folder.index and folder.index.get("metadata", {})
+        if (folder.path / INDEX).is_file():
+            index = (folder.path / INDEX).read_bytes().decode()
+        return cls(architecture, config, places, metadata, index)
 
     @classmethod
     def load(cls, folder: Path) -> "Origin | None":
@@ -56,14 +60,22 @@ class Origin(NamedTuple):
         """The same in the order and the files they once stood in.
 
         Raises:
-            ValueError: other tensors than there were.
+            ValueError: other tensors than there were, or an index of other files.
         """
         if set(heads) != set(self.tensors):
             missing, new = set(self.tensors) - set(heads), set(heads) - set(self.tensors)
             raise ValueError(
                 f"{folder / RECORD}: tensors it names are gone: {some(missing)}; it does not name: {some(new)}"
             )
-        return {name: heads[name]._replace(file=file) for name, (file, _) in self.tensors.items()}
+        files = {name: file for name, (file, _) in self.tensors.items()}
+        if isinstance(self.index, str):
+            try:
+                said = json.loads(self.index)["weight_map"]
+            except (ValueError, LookupError, TypeError):
+                said = None
+            if said != files:
+                raise ValueError(f"{folder / RECORD}: index: expected the files that tensors has, got others")
+        return {name: heads[name]._replace(file=file) for name, file in files.items()}
 
 
 def _check(path: Path, architecture: Any, config: Any, tensors: Any, metadata: Any, index: Any) -> None:
@@ -74,7 +86,7 @@ def _check(path: Path, architecture: Any, config: Any, tensors: Any, metadata: A
         ("config", isinstance(config, str)),
         ("tensors", isinstance(tensors, dict) and all(_is_place(place) for place in tensors.values())),
         ("metadata", isinstance(metadata, dict) and all(texts(said) for said in metadata.values())),
-        ("index", index is None or isinstance(index, dict)),
+        ("index", index is None or isinstance(index, str | dict)),
     ):
         if not fits:
             raise ValueError(f"{path}: {name}: expected what a conversion writes, got something else")

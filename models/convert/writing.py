@@ -143,7 +143,7 @@ def _done(journal: TextIO, state: dict[str, Any], part: Path) -> list[str]:
     there = {path.name: path for path in (part / HALF).iterdir()}
     done = [file for file, size in sizes.items() if file in there and there[file].stat().st_size == size]
     for file in set(there) - set(done):
-        there[file].unlink()
+        shutil.rmtree(there[file]) if there[file].is_dir() else there[file].unlink()
     return done
 
 
@@ -168,6 +168,7 @@ def _fill(plan: Plan, folder: Path, journal: TextIO, done: list[str], allow_nonf
         if name in files or name in (*plan.texts, checkpoints.INDEX):
             where = plan.source.path / name
             raise ValueError(f"{where}: not part of the checkpoint, but has the name of a file to write")
+        (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(plan.source.path / name, folder / name)
     chunks = lambda name: _chunks(plan, name, allow_nonfinite)
     for file, heads in files.items():
@@ -176,7 +177,9 @@ def _fill(plan: Plan, folder: Path, journal: TextIO, done: list[str], allow_nonf
         checkpoints.write_tensors(folder / file, heads, chunks, plan.metadata.get(file, {}))
         _note(journal, {"file": file, "bytes": (folder / file).stat().st_size})
         done.append(file)
-    if plan.index is not None:
+    if isinstance(plan.index, str):
+        (folder / checkpoints.INDEX).write_bytes(plan.index.encode())
+    elif plan.index is not None:
         indexed = {name: head for name, head in plan.heads.items() if head.file != EXTRA}
         checkpoints.write_index(folder, indexed, plan.index)
     for file, text in plan.texts.items():
@@ -208,7 +211,7 @@ def check_finite(plan: Plan, name: str, x: Tensor) -> None:
 
 def _move(folder: Path, dst: Path) -> None:
     """Everything is on the disk before the name is."""
-    for path in [*folder.iterdir(), folder]:
+    for path in [*folder.rglob("*"), folder]:
         _sync(path)
     try:
         os.replace(folder, dst)
