@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LARGEST = 127  # of a weight: -128 has no counterpart
-DAMPING = 0.01  # of the mean square of a group's channels, added to each
+DAMPING = 0.01  # of the mean square of a group's channels that are given something, added to each
 _ROWS = 64  # of a matrix at a time: what is gone over for every channel stays near
 
 
@@ -19,9 +19,9 @@ def quantised(weight: Tensor, group: int, moments: Tensor | None = None) -> tupl
     Args:
         weight: [..., out, in].
         group: input channels that share a scale, that of the largest weight among them.
-        moments: [..., G, group, group] sums of x x^T over inputs, see `moments_of`: channel after channel goes to its
-            nearest step, and those after it in the group make up for the error, as far as their inputs go with its. A
-            channel without inputs is left out of it. None is the nearest step for all.
+        moments: [..., G, n, n], n = min(group, in), sums of x x^T over inputs, see `moments_of`: channel after channel
+            goes to its nearest step, and those after it in the group make up for the error, as far as their inputs go
+            with its. A channel without inputs is left out of it. None is the nearest step for all.
 
     Returns:
         int8 of weight's shape, -127 to 127, and scales [..., out, G], G = ceil(in / group), in weight's dtype.
@@ -45,13 +45,14 @@ def quantised(weight: Tensor, group: int, moments: Tensor | None = None) -> tupl
 
 
 def moments_of(x: Tensor, group: int) -> Tensor:
-    """x [rows, in] -> [G, group, group], the sum of x x^T over rows within each group of channels, in fp32."""
+    """x [rows, in] -> [G, n, n], n = min(group, in), the sum of x x^T over rows in each group of channels, in fp32."""
     parts = _grouped(x.float(), group).transpose(0, 1)  # [G, rows, group]
     return parts.mT @ parts
 
 
 def _grouped(x: Tensor, group: int) -> Tensor:
-    """[..., in] -> [..., G, group], zeros beyond the last channel."""
+    """[..., in] -> [..., G, min(group, in)], zeros beyond the last channel."""
+    group = min(group, x.shape[-1])
     G = -(-x.shape[-1] // group)
     return F.pad(x, (0, G * group - x.shape[-1])).unflatten(-1, (G, group))
 
@@ -66,7 +67,9 @@ def _passed_on(moments: Tensor) -> Tensor:
         raise ValueError("quantise: expected finite inputs of a projection, got NaN or infinity on the text")
     moments = moments.double()
     squares = moments.diagonal(dim1=-2, dim2=-1)
-    damping = torch.where(squares == 0, 1.0, DAMPING * squares.mean(-1, keepdim=True))
+    given = squares > 0
+    mean = squares.sum(-1, keepdim=True) / given.sum(-1, keepdim=True).clamp(min=1)
+    damping = torch.where(given, DAMPING * mean, 1.0)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments + damping.diag_embed()))
     upper = torch.linalg.cholesky(inverse, upper=True)
     return (upper / upper.diagonal(dim1=-2, dim2=-1)[..., None]).triu(1)

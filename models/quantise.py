@@ -86,13 +86,13 @@ def moments(model: nn.Module, spec: dict[str, Any], ids: Tensor) -> dict[str, Te
         ids: [rows, T], one row at a time.
 
     Returns:
-        name of a W8ASpike -> [G, group, group], of a stack of them [E, G, group, group], fp32. Zero where an expert had
-        no tokens.
+        name of a W8ASpike -> [G, n, n], of a stack of them [E, G, n, n], see `moments_of`. Zero where an expert had no
+        tokens.
 
     Raises:
-        ValueError: ids of another shape, or none.
+        ValueError: ids of another shape, or none; inputs that are not finite.
     """
-    if ids.ndim != 2 or ids.is_floating_point():
+    if ids.ndim != 2 or not ids.numel() or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"calibration: expected ids [rows, T], got {ids.dtype} of shape {tuple(ids.shape)}")
     given = {id(x): x for x in (*model.parameters(), *model.buffers())}
     rough = deepcopy(model, given).eval()  # on the same weights
@@ -113,8 +113,11 @@ def moments(model: nn.Module, spec: dict[str, Any], ids: Tensor) -> dict[str, Te
     for name, module in rough.named_modules():
         if isinstance(module, W8ASpike | W8ASpikeStack):
             module.register_forward_pre_hook(listen(name))
-    for row in ids.split(1):
+    for row in ids.to(model.device).split(1):
         rough(row, use_cache=False)
+    for name, x in found.items():
+        if not x.isfinite().all():
+            raise ValueError(f"calibration: {name}: expected finite inputs, got NaN or infinity on the text")
     return found
 
 

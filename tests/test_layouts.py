@@ -45,7 +45,13 @@ OPTIONS = {  # a mixer that can be made of attention -> what it must be told
     "momentum_attention": dict(gamma=0.5),
     "momentum_deltanet": {},
     "ovq_attention": dict(chunk=8, slots=16),
-    "parallel": dict(branches=dict(a=dict(kind="linear_attention"), b=dict(kind="attention", window=7))),
+    "parallel": dict(
+        branches=dict(
+            a=dict(kind="linear_attention"),
+            b=dict(kind="attention", window=7, output_gate=True),
+            c=dict(kind="latent_attention", latent_width=9),
+        )
+    ),
 }
 
 
@@ -102,17 +108,12 @@ def test_what_changes_nothing_changes_nothing(source, kind, same):
     assert_relative(to_layout(source, one(kind, **same)).eval()(ids).logits, source(ids).logits, bound=1e-6)
 
 
-@pytest.mark.parametrize("bias, out", [(False, False), (True, False), (True, True), (False, True)])
-@pytest.mark.parametrize("query_rank", [None, 24])
-def test_latents_are_the_attention(bias, out, query_rank):
-    """At full width, but for the norms of latents, which attention without turns does not have; biases and all."""
-    D = 24
-    spec = complete("mixers", dict(kind="attention", num_heads=4, num_kv_heads=2, head_width=6, rotary_width=0,
-                                   bias=bias, out_bias=out))  # fmt: skip
-    wanted = dict(kind="latent_attention", latent_width=24, shared_width=3, query_rank=query_rank)
-    made = complete("mixers", adopter("latent_attention").complete(spec, wanted))
+def latents_of(attention, wanted, width):
+    """An attention layer and the latent one that is made of it."""
+    spec = complete("mixers", dict(kind="attention", num_heads=4, head_width=6, rotary_width=0) | attention)
+    made = complete("mixers", adopter("latent_attention").complete(spec, dict(kind="latent_attention") | wanted))
     torch.manual_seed(0)
-    theirs, ours = build("mixers", spec, D), build("mixers", made, D)
+    theirs, ours = build("mixers", spec, width), build("mixers", made, width)
     for p in theirs.parameters():
         torch.nn.init.normal_(p, std=0.3)
     have = theirs.state_dict()
@@ -121,10 +122,45 @@ def test_latents_are_the_attention(bias, out, query_rank):
         for name, x in zip(these, how.there(*(have[n] for n in those)), strict=True):
             assert ours.get_parameter(name).shape == x.shape, name
             ours.get_parameter(name).data = x
+    return theirs, ours
+
+
+@pytest.mark.parametrize("bias, out", [(False, False), (True, False), (True, True), (False, True)])
+@pytest.mark.parametrize("query_rank", [None, 24])
+def test_latents_are_the_attention(bias, out, query_rank):
+    """At full width, but for the norms of latents, which attention without turns does not have; biases and all."""
+    attention = dict(num_kv_heads=2, bias=bias, out_bias=out)
+    theirs, ours = latents_of(attention, dict(latent_width=24, shared_width=3, query_rank=query_rank), 24)
     ours.kv_norm = torch.nn.Identity()
     ours.q_norm = torch.nn.Identity() if query_rank else None
-    x = torch.randn(2, 11, D)
+    x = torch.randn(2, 11, 24)
     assert_relative(ours(x)[0], theirs(x)[0], bound=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads, width, rank", [(2, 24, 24), (4, 24, None), (4, 48, 40)])
+def test_latents_of_any_width(kv_heads, width, rank):
+    """With their norms, of inputs of unit size: the attention, also where latents have more channels than x."""
+    theirs, ours = latents_of(dict(num_kv_heads=kv_heads), dict(latent_width=width, query_rank=rank), 24)
+    x = torch.randn(2, 11, 24)
+    x = x / x.square().mean(-1, keepdim=True).sqrt()
+    assert_relative(ours(x)[0], theirs(x)[0], bound=1e-4)
+
+
+def test_latents_of_weights_that_are_none(tmp_path, capsys):
+    """Nothing but zeros is converted; what is no number is said in a line."""
+    wanted = dict(mixers=dict(a=dict(kind="latent_attention", latent_width=9)), pattern=["a"])
+    (tmp_path / "latent.yaml").write_text(json.dumps(wanted))
+    theirs = small("llama", "plain")
+    theirs.model.layers[0].self_attn.k_proj.weight.data.zero_()
+    theirs.model.layers[1].self_attn.v_proj.weight.data.zero_()
+    theirs.save_pretrained(tmp_path / "zeros")
+    assert main([str(tmp_path / "zeros"), str(tmp_path / "ours"), f"--to={tmp_path / 'latent.yaml'}"]) == 0
+    theirs.model.layers[0].self_attn.k_proj.weight.data[0, 0] = float("nan")
+    theirs.save_pretrained(tmp_path / "nan")
+    assert main([str(tmp_path / "nan"), str(tmp_path / "no"), f"--to={tmp_path / 'latent.yaml'}"]) == 2
+    assert "expected finite weights" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="shared_width: expected a number of channels, got -1"):
+        to_layout(seqzoo.load(tmp_path / "zeros"), one("latent_attention", latent_width=9, shared_width=-1))
 
 
 @pytest.mark.parametrize("name", layouts())
@@ -308,6 +344,9 @@ def test_rounded_on_a_text(to, at_once, tmp_path, monkeypatch):
     experts = "stack.blocks.0.channel.experts.down_proj.weight"
     assert not torch.equal(made[experts], nearest[experts])
     assert "rounded on text (" in (tmp_path / "report.json").read_text()
+    with pytest.raises(ValueError, match="calibrate: expected a text file, got "):
+        convert(tmp_path / "theirs", tmp_path / "no", quantise={}, calibrate=tmp_path / "none", dry_run=True)
+    assert main([*words[:2], f"--calibrate={tmp_path / 'text'}", "--keep-important=1"]) == 2  # of what layout?
     with pytest.raises(ValueError, match="calibrate: expected with quantise alone"):
         convert(tmp_path / "theirs", tmp_path / "no", calibrate=tmp_path / "text")
 

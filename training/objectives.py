@@ -183,8 +183,8 @@ class Distil:
 class Align:
     """Every mixer that is not the teacher's gives what the teacher's gives, on the teacher's own hidden states.
 
-    The loss is the mean over those layers of ||student - teacher||^2 / ||teacher||^2; only their mixers learn. Sink
-    tokens that the student alone has are seen by its mixers, as they are when it runs.
+    The loss is the mean over those layers of ||student - teacher||^2 / ||teacher||^2; only their mixers learn,
+    and see the student's own sink tokens, as they do when it runs.
 
     Args:
         model: the student, on its device.
@@ -218,8 +218,7 @@ class Align:
             (x, span), wanted = calls[i]
             mixer = levels[i].mixer
             dtype = next(mixer.parameters()).dtype  # the teacher's may be another
-            sinks = own[i] if span.sinks is None else span.sinks
-            sinks = None if sinks is None else sinks.to(dtype)
+            sinks = None if own[i] is None else own[i].to(dtype)
             got = called_as(levels[i], lambda: mixer(x.to(dtype), span._replace(sinks=sinks))[0])
             return (got.float() - wanted.float()).square().sum()
 

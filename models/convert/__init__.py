@@ -96,8 +96,8 @@ def convert(
         quantise: round the projections' weights to int8 (W8ASpike): the options of `models/quantise.py`'s Quantisation,
             {} for its defaults. Into ours alone, and with no way back.
         calibrate: of `quantise`, a text file: SRC's tokenizer makes up to 128 rows of 512 tokens of it, and weights are
-            rounded so that their errors make up for each other there. For this, and for this alone, the source and the
-            new model are held whole in memory. None rounds to the nearest.
+            rounded so that their errors make up for each other there. For this the source and the new model are held
+            whole in memory, before anything is written. None rounds to the nearest.
 
     Returns:
         The report: every tensor's fate. `str()` of it is a table.
@@ -140,13 +140,18 @@ def convert(
             if exact and (kind_of(src) == "seqzoo" or verify):
                 what = "verify" if verify else "a folder of ours"
                 raise ValueError(f"quantise: expected a conversion into ours, or a layout, and got {what}")
-            seen = calibration.NOTHING
-            if calibrate is not None and not dry_run:
+            if calibrate is not None and not Path(calibrate).is_file():
+                raise ValueError(f"calibrate: expected a text file, got {calibrate}")
+
+            def made():
                 opened: dict[str, Any] = dict(dtype=None, device=None, revision=None, pickle=pickle)
                 model = loading.load(src, allow_nonfinite=allow_nonfinite, **opened)
-                if chosen is not None:
-                    model = approximate.to_layout(model, chosen, seed=seed, **moved)
-                seen = calibration.projections_on(model, src, Path(calibrate), quantise)
+                with writing.one_thread():  # as when tensors are written
+                    return model if chosen is None else approximate.to_layout(model, chosen, seed=seed, **moved)
+
+            seen = calibration.NOTHING
+            if calibrate is not None and not dry_run:
+                seen = calibration.projections_on(made(), src, Path(calibrate), quantise)
             plan = int8.rounded(plan, quantise, max_shard_size, seen)
         if dry_run and verify:
             return plan.report._replace(verification=verifying.NOTHING_WRITTEN)

@@ -90,7 +90,7 @@ def changed_layers(source: SeqZooConfig, made: SeqZooConfig) -> list[int]:
 def layer_errors(source: SeqZooForCausalLM, made: SeqZooForCausalLM, ids: Tensor) -> dict[int, float]:
     """Of each layer whose mixer is another: ||made(x) - source(x)|| / ||source(x)||, x what comes into the source's.
 
-    Sink tokens that only the made model has are seen by its mixers, as they are when it runs.
+    The made model's mixers see its own sink tokens, as they do when it runs.
 
     Args:
         source, made: of one depth and width.
@@ -100,8 +100,7 @@ def layer_errors(source: SeqZooForCausalLM, made: SeqZooForCausalLM, ids: Tensor
     own = sinks_seen(made)
     for i, ((x, span), expected) in enumerate(mixer_calls(source, ids)):
         if i in changed:
-            span = span._replace(sinks=own[i] if span.sinks is None else span.sinks)
-            got = made.stack.levels()[i].mixer(x, span)[0]
+            got = made.stack.levels()[i].mixer(x, span._replace(sinks=own[i]))[0]
             errors[i] = ((got - expected).norm() / expected.norm()).item()
     return errors
 

@@ -95,6 +95,8 @@ def _keep(args: argparse.Namespace) -> int | Sequence[int]:
         raise ValueError("--keep-important: expected with --calibrate, got it without")
     if args.calibrate is not None and args.keep_important is None and not args.quantise:
         raise ValueError("--calibrate: expected with --keep-important or --quantise, got it with neither")
+    if args.keep_important is not None and args.to is None:
+        raise ValueError("--keep-important: expected with a layout, got it without --to")
     if args.keep_every is not None:
         return args.keep_every
     if args.keep is not None:

@@ -36,17 +36,12 @@ class Rounded:
         moments: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
         self._read, self._table, self._floats, self._group, self._moments = read, table, floats, group, moments
-        self._last, self._made = "", ()
 
     def __call__(self, name: str) -> Tensor:
         source = self._table.get(name)
         if source is None:
             return self._read(name)
-        if source != self._last:
-            self._made = ()  # before the next are made, or both would be held
-            self._last = source
-            self._made = quantised(self._read(source), self._group, self._moments.get(source))
-        return self._made[name.endswith(_SCALES)]
+        return self._rounded(name, self._read(source), self._moments.get(source))
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """The tensor's numbers from first to last, at most CHUNK bytes at a time."""
@@ -59,10 +54,16 @@ class Rounded:
             known = self._moments.get(source)
             for matrix, rows in _whole_rows(self._read.chunks(source), *head.shape[-2:]):
                 seen = known if known is None or len(head.shape) == 2 else known[matrix]
-                yield quantised(rows, self._group, seen)[name.endswith(_SCALES)].reshape(-1)
+                yield self._rounded(name, rows, seen).reshape(-1)
             return
         x = self(name)
         yield from x.contiguous().reshape(-1).split(CHUNK // x.element_size())
+
+    def _rounded(self, name: str, x: Tensor, seen: Tensor | None) -> Tensor:
+        """Scales, which come first in a file, or weights; the former are the same whatever was seen."""
+        if name.endswith(_SCALES):
+            return quantised(x, self._group)[1]
+        return quantised(x, self._group, seen)[0]
 
 
 def _whole_rows(chunks: Iterator[Tensor], height: int, width: int) -> Iterator[tuple[int, Tensor]]:

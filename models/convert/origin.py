@@ -6,6 +6,7 @@ seqzoo_extra.safetensors the tensors that ours has no room for.
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,10 @@ class Origin(NamedTuple):
         metadata = {_as_safetensors(file): said for file, said in folder.metadata.items()}
         index = folder.index and folder.index.get("metadata", {})
         if (folder.path / INDEX).is_file():
-            index = (folder.path / INDEX).read_bytes().decode()
+            text = (folder.path / INDEX).read_bytes().decode(errors="replace")
+            with suppress(ValueError):  # in another code than UTF-8
+                json.loads(text)
+                index = text
         return cls(architecture, config, places, metadata, index)
 
     @classmethod

@@ -58,7 +58,7 @@ def write(
         try:
             done += _done(journal, state, part)
             _check_space(plan, part, done)
-            with _one_thread():
+            with one_thread():
                 _fill(plan, part / HALF, journal, done, allow_nonfinite)
             if not plan.state().items() <= state.items():
                 raise ValueError(f"{plan.source.path}: changed while it was converted")
@@ -110,7 +110,7 @@ def _journal(part: Path, dst: Path) -> Iterator[TextIO]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """The disk sets the pace; threads that share a few megabytes wait for each other, for long where cores are busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -86,18 +86,26 @@ def projected(x: str, what: str, attention: Spec) -> tuple[tuple[str, ...], Call
     """The weight or bias of q, k or v for a mixer without their norms: names, and what is made of their tensors.
 
     Rows of a head that is normed become as large as the norm makes its channels, for inputs that are 1 in the mean
-    square and do not go together."""
+    square and do not go together: where the norm in front of the mixer has weights far from 1, by so much too large or
+    small.
+    """
     if x == "v" or attention["qk_norm"] is None:
         return (f"{x}_proj.{what}",), lambda given: given
 
-    def read(given: Tensor, norm: Tensor, *weight: Tensor) -> Tensor:
-        rows, scale = (weight[0] if weight else given).float(), norm_weight(norm, attention).float()
-        heads = rows.unflatten(0, (-1, scale.numel()))  # of a joint norm all are one
-        scale = scale / heads.square().sum(-1).mean(1, keepdim=True).sqrt()  # [H, K]
-        return (given * scale.flatten().view(-1, *[1] * (given.ndim - 1))).to(given.dtype)
+    def read(norm: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        scale, squares = norm_weight(norm, attention).float(), weight.float().square().sum(-1)
+        squares = (squares + bias[0].float().square() if bias else squares).view(-1, scale.numel())
+        scale = scale / squares.mean(1, keepdim=True).sqrt()  # [H, K]; of a joint norm all heads are one
+        given = weight if what == "weight" else bias[0]
+        return (given * scale.view(-1, *[1] * (given.ndim - 1))).to(given.dtype)
 
-    names = (f"{x}_proj.{what}", f"{x}_norm.weight", *(() if what == "weight" else (f"{x}_proj.weight",)))
-    return names, read
+    return (f"{x}_norm.weight", *(f"{x}_proj.{part}" for part in biased(attention["bias"]))), read
+
+
+def under(prefix: str, table: Table) -> Table:
+    """The new mixer's names with a prefix."""
+    put = lambda x: prefix + x if isinstance(x, str) else tuple(prefix + name for name in x)
+    return [(those, put(these), how) for those, these, how in table]
 
 
 def as_it_is(conv_channels: int, conv_width: int, scale: Tensor | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from seqzoo.layers.registry import Spec
-from seqzoo.models.convert.adopt import adopter
+from seqzoo.models.convert.adopt import adopter, under
 from seqzoo.models.convert.plain import Table
 
 
@@ -21,9 +21,9 @@ def complete(attention: Spec, wanted: Spec) -> Spec:
 
 def rows(attention: Spec, spec: Spec) -> Table:
     return [
-        (those, f"branches.{name}.{these}", how)
+        row
         for name, branch in spec["branches"].items()
-        for those, these, how in adopter(branch["kind"]).rows(attention, branch)
+        for row in under(f"branches.{name}.", adopter(branch["kind"]).rows(attention, branch))
     ]
 
 
