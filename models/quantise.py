@@ -64,7 +64,7 @@ def quantise(
 
     Raises:
         ValueError: a model that is quantised already, an option out of its range, a head that is the embedding, a part
-            with matrices of its own that cannot be quantised, or weights that are not finite.
+            with matrices of its own that cannot be quantised, weights that are not finite, or what `moments` refuses.
     """
     if model.config.quantisation is not None:
         raise ValueError(f"quantise: expected a model with float weights, got {model.config.quantisation}")

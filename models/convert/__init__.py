@@ -143,7 +143,7 @@ def convert(
             if calibrate is not None and not Path(calibrate).is_file():
                 raise ValueError(f"calibrate: expected a text file, got {calibrate}")
 
-            def made():
+            def floats():
                 opened: dict[str, Any] = dict(dtype=None, device=None, revision=None, pickle=pickle)
                 model = loading.load(src, allow_nonfinite=allow_nonfinite, **opened)
                 with writing.one_thread():  # as when tensors are written
@@ -151,7 +151,7 @@ def convert(
 
             seen = calibration.NOTHING
             if calibrate is not None and not dry_run:
-                seen = calibration.projections_on(made(), src, Path(calibrate), quantise)
+                seen = calibration.projections_on(floats(), src, Path(calibrate), quantise)
             plan = int8.rounded(plan, quantise, max_shard_size, seen)
         if dry_run and verify:
             return plan.report._replace(verification=verifying.NOTHING_WRITTEN)

@@ -114,8 +114,8 @@ def rounded(
     placed, made = checkpoints.place(heads, max_shard_size), {}
     for name, source in table.items():
         made.setdefault(source, {})[name] = placed[name]
-    rounded = f"rounded on {seen.text}" if seen.text else "rounded"
-    fates = [_fate(fate, made, rounded) for fate in plan.report.fates if fate.what != "kept"]
+    what = f"rounded on {seen.text}" if seen.text else "rounded"
+    fates = [_fate(fate, made, what) for fate in plan.report.fates if fate.what != "kept"]
     fates += [Fate("dropped", fate.sources, {}) for fate in plan.report.fates if fate.what == "kept"]
     texts = {name: text for name, text in plan.texts.items() if name != RECORD}
     return plan._replace(
@@ -135,10 +135,10 @@ def _stack(weight: str) -> str:
     return weight.removesuffix(_WEIGHT).replace(".experts.", ".")
 
 
-def _fate(fate: Fate, made: Mapping[str, dict[str, Head]], rounded: str) -> Fate:
+def _fate(fate: Fate, made: Mapping[str, dict[str, Head]], what: str) -> Fate:
     if not any(name in made for name in fate.targets):
         return fate
     targets: dict[str, Head] = {}
     for name, head in fate.targets.items():
         targets |= made.get(name, {name: head})
-    return fate._replace(what=f"{fate.what}, {rounded}", targets=targets)
+    return fate._replace(what=f"{fate.what}, {what}", targets=targets)
