@@ -329,13 +329,13 @@ def test_rounded_on_a_text(to, at_once, tmp_path, monkeypatch):
         monkeypatch.setattr("seqzoo.models.convert.folders.CHUNK", 300)
     small("qwen3_moe", "plain", vocab_size=264).save_pretrained(tmp_path / "theirs")
     load_tokenizer(None).save(tmp_path / "theirs")
-    (tmp_path / "text").write_text("".join(f"def f{i}(x):\n    return {i} * x\n" for i in range(90)))
+    (tmp_path / "text").write_text("".join(f"def f{i}(x):\n    return {i} * x\n" for i in range(30)))
     words = [str(tmp_path / "theirs"), str(tmp_path / "ours"), *([f"--to={to}"] if to else [])]
     words.append(f"--calibrate={tmp_path / 'text'}")
     assert main(words) == 2  # for what?
     assert main([*words, "--quantise", "--group=16", f"--report={tmp_path / 'report.json'}"]) == 0
     text = calibration_ids(tmp_path / "theirs", tmp_path / "text", length=96, most=128)  # the longest that it takes
-    assert len(text) > 20
+    assert len(text) > 4
     floats = seqzoo.load(tmp_path / "theirs")
     floats = to_layout(floats, layout(to)) if to else floats
     made, nearest = seqzoo.load(tmp_path / "ours").state_dict(), quantise(deepcopy(floats), group=16).state_dict()
