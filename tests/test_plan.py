@@ -26,6 +26,7 @@ from seqzoo.training.plan_search import search
 WORKER = Path(__file__).parent / "plan_worker.py"
 TWO = ["cluster=laptop", "cluster.devices_per_node=2"]
 SHAPE = dict(batch_size=4, sequence_length=32)
+MUON = ["optimizer.ns_dtype=bfloat16"]  # as on the devices that are planned for; a CPU without it takes fp32 by itself
 SPIKING = [
     "model=spikingbrain_parallel_nano", "model.hidden_size=48", "model.channels.moe.num_experts=4",
     "model.pattern=[near/moe,far/moe]", "model.num_hidden_layers=2",
@@ -36,13 +37,13 @@ EVEN = [*SPIKING, "model.channels.moe.expert_width=8", "model.channels.moe.share
 for branch in ("near.branches.linear", "near.branches.window", "far.branches.linear", "far.branches.full"):
     EVEN += [f"model.mixers.{branch}.num_heads=4", f"model.mixers.{branch}.num_kv_heads=2"]
 JOBS = {  # name -> model, words
-    "fsdp": (HYBRID, ["parallel=fsdp"]),
+    "fsdp": (HYBRID, ["parallel=fsdp", *MUON]),
     "context": (HYBRID, ["parallel=context", *ADAMW]),
     "again": (SPIKING, ["parallel=context", *ADAMW, "trainer.gradient_checkpointing=true", "trainer.accumulate=2"]),
     "experts": (HYBRID, ["parallel=expert", *ADAMW]),
     "copies": (HYBRID, ["parallel=hsdp", *ADAMW]),
-    "few experts": ([*HYBRID, "model.channels.moe.num_experts=3"], ["parallel=fsdp"]),
-    "heads": (PAIRS, ["parallel=tensor"]),
+    "few experts": ([*HYBRID, "model.channels.moe.num_experts=3"], ["parallel=fsdp", *MUON]),
+    "heads": (PAIRS, ["parallel=tensor", *MUON]),
     "heads and experts": (PAIRS, ["parallel=tensor", "parallel.expert_parallel=true", *ADAMW]),
     "heads and sinks": (EVEN, ["parallel=tensor", *ADAMW, "trainer.gradient_checkpointing=true"]),
 }
